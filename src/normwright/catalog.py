@@ -100,7 +100,7 @@ CATALOG: dict[str, Row] = {
             NormSpec("b [c] s...", affine="c"),
             "weight, bias: (c)",
             _STANDARDIZE,
-            "LayerNorm2d, Liu et al. 2022, arXiv:2201.03545; positional normalization, Li et al. 2019, arXiv:1907.04312",
+            "LayerNorm2d, Liu et al. 2022, arXiv:2201.03545; positional norm, Li et al. 2019, arXiv:1907.04312",
             ("ChannelNorm",),
             (((4, 6), {}), ((2, 6, 3, 2), {})),
             "Layer norm over the channels at every place of an image.",
@@ -129,7 +129,8 @@ CATALOG: dict[str, Row] = {
             "BatchRenorm",
             None,
             "weight, bias: (c); running_mean, running_var: (c)",
-            "y = ((x − mean_B) / sd_B · r + d) · weight + bias, r = clip(sd_B / sd), d = clip((mean_B − mean) / sd), r and d constant",
+            "y = ((x − mean_B) / sd_B · r + d) · weight + bias, "
+            "r = clip(sd_B / sd), d = clip((mean_B − mean) / sd), r and d constant",
             "Ioffe 2017, arXiv:1702.03275",
             ("BatchRenorm",),
         ),

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 
 __all__ = ["Axis", "Layout", "NormSpec", "Pattern", "PatternError", "parse"]
 
@@ -62,7 +62,7 @@ class Pattern:
         return tuple(axis for dim in self.dims for axis in dim)
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(text: str, brackets: bool = True) -> Pattern:
     """Parse a pattern such as `"b (g [c]) [s...]"`; with `brackets=False`, a list of axes such as `"(g c)"`.
 
@@ -143,9 +143,13 @@ def _sublist(pattern: Pattern, text: str, what: str) -> Pattern:
     last = -1
     for axis in listed.axes:
         if axis.name not in by_name:
-            raise PatternError(f"`{what}` lists axes of the pattern {pattern.text!r}, which has no such axis.", text, axis.at)
+            raise PatternError(
+                f"`{what}` lists axes of the pattern {pattern.text!r}, which has no such axis.", text, axis.at
+            )
         if axis.many != by_name[axis.name].many:
-            raise PatternError(f"`{what}` writes an axis as the pattern {pattern.text!r} does, with or without `...`.", text, axis.at)
+            raise PatternError(
+                f"`{what}` writes an axis as the pattern {pattern.text!r} does, with or without `...`.", text, axis.at
+            )
         if order.index(axis.name) < last:
             raise PatternError(f"`{what}` lists axes in the order of the pattern {pattern.text!r}.", text, axis.at)
         last = order.index(axis.name)
@@ -184,8 +188,7 @@ class Layout:
                 f"{self.shape} that carry no parameters; got {tuple(mask_shape)}."
             )
         view, at = [], 0
-        for d, size in enumerate(self.shape):
-            parts = self.parts[d]
+        for d, parts in enumerate(self.parts):
             if d in self.position_dims[:k]:
                 view.extend(self.split[at : at + parts])
             else:
@@ -218,37 +221,61 @@ class NormSpec:
     running: str = ""
     sizes: tuple[tuple[str, int], ...] | Mapping[str, int] = ()
 
+    # parsed once and kept here: torch.compile traces attributes, but warns of cached functions
+    parsed: Pattern = field(init=False, repr=False, compare=False)
+    parsed_affine: Pattern = field(init=False, repr=False, compare=False)
+    parsed_running: Pattern = field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", tuple(dict(self.sizes).items()))
         parsed = parse(self.pattern)
-        _sublist(parsed, self.affine, "affine")
+        affine = _sublist(parsed, self.affine, "affine")
         running = _sublist(parsed, self.running, "running")
+        for name, value in (("parsed", parsed), ("parsed_affine", affine), ("parsed_running", running)):
+            object.__setattr__(self, name, value)
         reduced = {axis.name for axis in parsed.axes if axis.reduced}
         for axis in running.axes:
             if axis.name in reduced:
-                raise PatternError(f"Running statistics live on kept axes; {axis.name!r} is reduced in {self.pattern!r}.", self.running, axis.at)
+                raise PatternError(
+                    f"Running statistics live on kept axes; {axis.name!r} is reduced in {self.pattern!r}.",
+                    self.running,
+                    axis.at,
+                )
         names = {axis.name: axis for axis in parsed.axes}
         for name, size in self.sizes:
             if name not in names:
                 raise PatternError(f"A size is given for {name!r}, which the pattern does not name.", self.pattern)
             if names[name].many:
-                raise PatternError(f"`{name}...` is any number of dimensions and takes no size.", self.pattern, names[name].at)
+                raise PatternError(
+                    f"`{name}...` is any number of dimensions and takes no size.", self.pattern, names[name].at
+                )
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise PatternError(f"The size of an axis is a positive integer; got {name}={size!r}.", self.pattern, names[name].at)
+                raise PatternError(
+                    f"The size of an axis is a positive integer; got {name}={size!r}.", self.pattern, names[name].at
+                )
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """The spec on a tensor of this shape; cached."""
         return _layout(self, tuple(shape))
 
+    def layout_uncached(self, shape: tuple[int, ...]) -> Layout:
+        """As `layout`, for tracers: sizes may be symbolic, and no cache is asked."""
+        return _layout.__wrapped__(self, tuple(shape))
+
 
 def _expand(spec: NormSpec, shape: tuple[int, ...]) -> list[list[tuple[str, Axis, int]]]:
     """For each dimension of `shape`, its axes as (expanded name, axis, size)."""
-    pattern, sizes = parse(spec.pattern), dict(spec.sizes)
+    pattern, sizes = spec.parsed, dict(spec.sizes)
     many = [i for i, dim in enumerate(pattern.dims) if dim[0].many]
     fixed = len(pattern.dims) - len(many)
     if len(shape) < fixed or (not many and len(shape) != fixed):
         need = f"at least {fixed}" if many else f"exactly {fixed}"
-        raise PatternError(f"The pattern needs {need} dimension{'s' * (fixed != 1)}; the tensor has {len(shape)}.", pattern.text, None, shape)
+        raise PatternError(
+            f"The pattern needs {need} dimension{'s' * (fixed != 1)}; the tensor has {len(shape)}.",
+            pattern.text,
+            None,
+            shape,
+        )
     dims: list[tuple[str | None, tuple[Axis, ...]]] = []
     for i, dim in enumerate(pattern.dims):
         if many and i == many[0]:
@@ -260,15 +287,25 @@ def _expand(spec: NormSpec, shape: tuple[int, ...]) -> list[list[tuple[str, Axis
         if len(dim) == 1:
             axis = dim[0]
             if sizes.get(axis.name, size) != size:
-                raise PatternError(f"Axis {axis.name!r} has size {sizes[axis.name]} by the spec and {size} in the tensor.", pattern.text, axis.at, shape)
+                raise PatternError(
+                    f"Axis {axis.name!r} has size {sizes[axis.name]} by the spec and {size} in the tensor.",
+                    pattern.text,
+                    axis.at,
+                    shape,
+                )
             result.append([(name or axis.name, axis, size)])
             continue
         unknown = [axis for axis in dim if axis.name not in sizes]
         known = math.prod(sizes.get(axis.name, 1) for axis in dim)
         if len(unknown) > 1:
             listed = ", ".join(axis.name for axis in unknown)
-            raise PatternError(f"Of the axes of one dimension all but one need a size; give one of {listed}.", pattern.text, unknown[0].at, shape)
-        if (size % known if unknown else size != known):
+            raise PatternError(
+                f"Of the axes of one dimension all but one need a size; give one of {listed}.",
+                pattern.text,
+                unknown[0].at,
+                shape,
+            )
+        if size % known if unknown else size != known:
             parts = "·".join(f"{axis.name}={sizes[axis.name]}" for axis in dim if axis.name in sizes)
             rule = "is not divisible by" if unknown else "is not"
             raise PatternError(f"A dimension of size {size} {rule} {parts}.", pattern.text, dim[0].at, shape)
@@ -291,10 +328,10 @@ def _stored(listed: Pattern, groups: dict[str, list[tuple[str, int]]]) -> tuple[
 def _layout(spec: NormSpec, shape: tuple[int, ...]) -> Layout:
     dims = _expand(spec, shape)
     flat = [entry for dim in dims for entry in dim]
-    groups: dict[str, list[tuple[str, int]]] = {axis.name: [] for axis in parse(spec.pattern).axes}
+    groups: dict[str, list[tuple[str, int]]] = {axis.name: [] for axis in spec.parsed.axes}
     for name, axis, size in flat:
         groups[axis.name].append((name, size))
-    affine, running = parse(spec.affine, brackets=False), parse(spec.running, brackets=False)
+    affine, running = spec.parsed_affine, spec.parsed_running
     affine_axes, running_axes = ({axis.name for axis in p.axes} for p in (affine, running))
     split = tuple(size for _, _, size in flat)
     reduced = tuple(i for i, (_, axis, _) in enumerate(flat) if axis.reduced)

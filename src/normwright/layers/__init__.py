@@ -1,0 +1,1 @@
+"""The layers: torch's twins, any pattern, and those outside the notation."""

@@ -1,0 +1,220 @@
+"""Normalization in composed torch operators: works on every device, type and transform, and is the fallback.
+
+Where torch has an operator for the pattern it is used as it is; everything else, and every mask, is the formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..spec import Layout, NormSpec
+
+__all__ = ["ACTIVATIONS", "activate", "normalize"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "leaky_relu": F.leaky_relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
+
+
+def activate(y: Tensor, act: str | None) -> Tensor:
+    """Apply the named activation; `None` is the identity. leaky_relu has slope 0.01, gelu is exact (erf)."""
+    return y if act is None else ACTIVATIONS[act](y)
+
+
+def torch_operator(spec: NormSpec) -> str | None:
+    """The torch operator that computes this spec, if there is one."""
+    return _torch_operator.__wrapped__(spec) if torch.compiler.is_compiling() else _torch_operator(spec)
+
+
+@cache
+def _torch_operator(spec: NormSpec) -> str | None:
+    dims = spec.parsed.dims
+    affine = [axis.name for axis in spec.parsed_affine.axes]
+    reduced = [all(axis.reduced for axis in dim) for dim in dims]
+    kept = [not any(axis.reduced for axis in dim) for dim in dims]
+    first = reduced.index(True) if any(reduced) else len(dims)
+    trailing = [axis.name for dim in dims[first:] for axis in dim]
+    if first > 0 and all(reduced[first:]) and all(kept[:first]) and affine == trailing and not dims[-1][0].many:
+        return "layer_norm" if spec.center else "rms_norm"
+    if not spec.center or len(dims) != 3 or not (dims[2][0].many and reduced[2]) or dims[0][0].many:
+        return None
+    channel = [axis.name for axis in dims[1]]
+    if affine != channel or len(dims[0]) > 1:
+        return None
+    running = [axis.name for axis in spec.parsed_running.axes]
+    if kept[1] and running in ([], channel):
+        return "batch_norm" if reduced[0] else "instance_norm"
+    if kept[0] and not running and [axis.reduced for axis in dims[1]] == [False, True]:
+        return "group_norm"
+    return None
+
+
+def normalize(
+    x: Tensor,
+    spec: NormSpec,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_batch_stats: bool,
+    new_weight: float,
+    eps: float,
+    act: str | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """`act(norm(x) · weight + bias + residual)` by torch operators; arguments as in `functional.normalize`."""
+    operator = torch_operator(spec) if mask is None and x.numel() else None
+    if operator == "batch_norm":
+        y = torch.batch_norm(
+            x, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, torch.backends.cudnn.enabled
+        )
+    elif operator == "instance_norm" and not _channels_last(x):
+        y = torch.instance_norm(
+            x, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, torch.backends.cudnn.enabled
+        )
+    elif operator == "group_norm" and not _channels_last(x):
+        y = torch.group_norm(x, _groups(spec, x), weight, bias, eps, torch.backends.cudnn.enabled)
+    elif operator == "layer_norm":
+        y = torch.layer_norm(x, _trailing(spec, x), weight, bias, eps, torch.backends.cudnn.enabled)
+    elif operator == "rms_norm" and bias is None and (weight is None or weight.dtype == x.dtype):
+        y = torch.rms_norm(x, _trailing(spec, x), weight, eps)
+    else:
+        return _formula(
+            x, spec, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, act, residual, mask
+        )
+    if residual is not None:
+        y = y + residual
+    return activate(y, act)
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether x is dense with its channels innermost: a layout that torch's instance and group norm lose."""
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    if x.dim() == 5:
+        return x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+    return x.dim() == 3 and x.stride(1) == 1 and not x.is_contiguous()
+
+
+def _groups(spec: NormSpec, x: Tensor) -> int:
+    group, within = spec.parsed.dims[1]
+    sizes = dict(spec.sizes)
+    return sizes.get(group.name) or x.size(1) // sizes[within.name]
+
+
+def _trailing(spec: NormSpec, x: Tensor) -> list[int]:
+    pattern = spec.parsed
+    count = sum(1 for dim in pattern.dims if all(axis.reduced for axis in dim))
+    return list(x.shape[-count:])
+
+
+def _formula(
+    x: Tensor,
+    spec: NormSpec,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_batch_stats: bool,
+    new_weight: float,
+    eps: float,
+    act: str | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    layout = spec.layout_uncached(x.shape) if torch.compiler.is_compiling() else spec.layout(x.shape)
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    t = x.reshape(layout.split).to(compute)
+    valid = None
+    if mask is not None:
+        valid = mask.reshape(layout.mask_view(tuple(mask.shape)))
+        t = torch.where(valid, t, 0.0)  # padding may hold anything, NaN included
+    if not use_batch_stats:
+        assert running_var is not None
+        var = running_var.reshape(layout.running_view).to(compute)
+        if spec.center:
+            assert running_mean is not None
+            t = t - running_mean.reshape(layout.running_view).to(compute)
+        t = t * torch.rsqrt(var + eps)
+    elif x.numel():
+        mean, var, count = _statistics(t, layout, valid, spec.center)
+        if running_var is not None:
+            with torch.no_grad():
+                _update(layout, running_mean, running_var, mean, var, count, new_weight)
+        if mean is not None:
+            t = t - mean
+        t = t * torch.rsqrt(var + eps)
+    if weight is not None:
+        t = t * weight.reshape(layout.affine_view).to(compute)
+    if bias is not None:
+        t = t + bias.reshape(layout.affine_view).to(compute)
+    y = t.reshape(x.shape)
+    if residual is not None:
+        y = y + residual
+    y = activate(y, act)
+    if valid is not None:
+        y = torch.where(valid.expand(layout.split).reshape(x.shape), y, 0.0)
+    return y.to(x.dtype)
+
+
+def _statistics(
+    t: Tensor, layout: Layout, valid: Tensor | None, center: bool
+) -> tuple[Tensor | None, Tensor, Tensor | int]:
+    """Mean (None without centring), biased variance and count, kept dimensions of size 1 in the reduced places."""
+    dims = layout.reduced
+    if valid is None:
+        if not center:
+            return None, t.square().mean(dims, keepdim=True), layout.count
+        var, mean = torch.var_mean(t, dims, correction=0, keepdim=True)
+        return mean, var, layout.count
+    count = valid.expand(layout.split).sum(dims, keepdim=True)
+    n = count.clamp(min=1).to(t.dtype)
+    if not center:
+        return None, t.square().sum(dims, keepdim=True) / n, count
+    mean = t.sum(dims, keepdim=True) / n
+    # a second pass, centred: the one-pass formula cancels at a large mean
+    var = torch.where(valid, t - mean, 0.0).square().sum(dims, keepdim=True) / n
+    return mean, var, count
+
+
+def _update(
+    layout: Layout,
+    running_mean: Tensor | None,
+    running_var: Tensor,
+    mean: Tensor | None,
+    var: Tensor,
+    count: Tensor | int,
+    new_weight: float,
+) -> None:
+    """Move the running statistics by `new_weight` towards the batch's, averaged over the kept axes they lack."""
+    if isinstance(count, Tensor):
+        some = count > 0
+        unbiased = var * (count / (count - 1).clamp(min=1))
+    else:
+        some = None
+        unbiased = var * (count / max(count - 1, 1))
+    for running, batch in ((running_mean, mean), (running_var, unbiased if mean is not None else var)):
+        if running is None or batch is None:
+            continue
+        if some is None:
+            batch = batch.mean(layout.merged, keepdim=True) if layout.merged else batch
+            new = (1 - new_weight) * running + new_weight * batch.reshape(running.shape)
+        else:
+            samples = some.sum(layout.merged, keepdim=True) if layout.merged else some.long()
+            total = torch.where(some, batch, 0.0)
+            total = total.sum(layout.merged, keepdim=True) if layout.merged else total
+            batch = (total / samples.clamp(min=1)).reshape(running.shape)
+            seen = samples.reshape(running.shape) > 0
+            new = torch.where(seen, (1 - new_weight) * running + new_weight * batch, running)
+        running.copy_(new)
