@@ -1,0 +1,6 @@
+"""Operations that mend a model, each `op(model, …) -> Receipt`."""
+
+from .recalibrate import recalibrate
+from .receipt import Edit, Receipt
+
+__all__ = ["Edit", "Receipt", "recalibrate"]
