@@ -1,0 +1,676 @@
+"""recalibrate against NumPy's population statistics, and the promise that nothing else about a model changes."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, TensorDataset
+
+from normwright.layers import norm as nwn
+from normwright.layers import twins
+from normwright.surgery import recalibrate
+from normwright.surgery import recalibrate as _  # noqa: F401
+from normwright.surgery.recalibrate import METHODS
+
+BOTH = pytest.mark.parametrize("method", METHODS)
+
+
+def truth(values, axes):
+    """Mean and unbiased variance by NumPy in float64."""
+    values = np.asarray(values, dtype=np.float64)
+    return values.mean(axes), values.var(axes, ddof=1)
+
+
+def check(layer, mean, var, rtol=1e-6):
+    np.testing.assert_allclose(layer.running_mean.double().numpy(), mean, rtol=rtol, atol=1e-6)
+    np.testing.assert_allclose(layer.running_var.double().numpy(), var, rtol=rtol)
+
+
+def bits(model):
+    """Everything that must not change: values of the state, its tensors, modes, hooks, gradients, random states."""
+    state = {key: (id(value), value.clone()) for key, value in model.state_dict(keep_vars=True).items()}
+    modes = [module.training for module in model.modules()]
+    hooks = [(len(m._forward_pre_hooks), len(m._forward_pre_hooks_with_kwargs)) for m in model.modules()]
+    gradients = [parameter.grad for parameter in model.parameters()]
+    rng = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
+    return state, modes, hooks, gradients, rng
+
+
+def same(a, b, values=True):
+    assert a[0].keys() == b[0].keys()
+    for key, (identity, value) in a[0].items():
+        assert b[0][key][0] == identity, key
+        if values or "running" not in key and "num_batches" not in key:
+            assert torch.equal(b[0][key][1], value), key
+    assert a[1:4] == b[1:4]
+    assert torch.equal(a[4][0], b[4][0])
+    assert a[4][1:] == b[4][1:]
+
+
+def net(norm1=nn.BatchNorm2d, norm2=nn.BatchNorm1d):
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3),
+        norm1(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(64, 5),
+        norm2(5),
+        nn.Sigmoid(),
+    )
+
+
+def images(n=23, seed=0):
+    return torch.randn(n, 2, 6, 6, generator=torch.Generator().manual_seed(seed)) * 3 + 1
+
+
+@BOTH
+def test_two_batches_far_apart(method):
+    # within each batch the unbiased variance is 0.02, over both it is 28.2: the means differ
+    n, within, wanted = 100, 0.02, 28.2
+    spread = torch.tensor([1.0, -1.0]).repeat(n // 2) * (within * (n - 1) / n) ** 0.5
+    offset = ((wanted * (2 * n - 1) - 2 * within * (n - 1)) / (2 * n)) ** 0.5
+    batches = [(spread + offset).unsqueeze(1), (spread - offset).unsqueeze(1)]
+    theirs, ours = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
+    update_bn(batches, theirs)
+    recalibrate(ours, batches, method=method)
+    assert theirs.running_var.item() == pytest.approx(0.02, rel=1e-3)
+    assert ours.running_var.item() == pytest.approx(28.2, rel=1e-6)
+    assert ours.running_mean.item() == pytest.approx(0.0, abs=1e-6)
+
+
+@BOTH
+@pytest.mark.parametrize("module", [nn, twins], ids=["torch", "twin"])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("BatchNorm1d", (23, 3)),
+        ("BatchNorm1d", (23, 3, 7)),
+        ("BatchNorm2d", (23, 3, 5, 4)),
+        ("BatchNorm3d", (23, 3, 2, 3, 4)),
+    ],
+)
+def test_population_statistics_with_a_short_last_batch(method, module, kind, shape):
+    x = torch.randn(shape) * torch.tensor([1.0, 5.0, 0.1]).view(3, *[1] * (len(shape) - 2)) + 2
+    layer = getattr(module, kind)(3)
+    receipt = recalibrate(layer, x, batch_size=6, method=method)
+    mean, var = truth(x, (0, *range(2, len(shape))))
+    check(layer, mean, var)
+    assert layer.num_batches_tracked.item() == 4
+    assert receipt.facts == {"method": method, "batches": 4, "passes": 1}
+
+
+@pytest.mark.parametrize("order", ["channels_last", "sliced", "expanded"])
+def test_memory_layouts(order):
+    x = torch.randn(9, 4, 6, 6)
+    if order == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif order == "sliced":
+        x = x[:, :, ::2, 1:]
+    else:
+        x = x[:1].expand(9, 4, 6, 6)
+    layer = nn.BatchNorm2d(4)
+    recalibrate(layer, [x[:5], x[5:]])
+    check(layer, *truth(x, (0, 2, 3)))
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64])
+def test_pieces_give_the_whole(monkeypatch, piece):
+    import sys
+
+    monkeypatch.setattr(sys.modules["normwright.surgery.recalibrate"], "_PIECE", piece)
+    x = torch.randn(5, 3, 11, 2)
+    mask = torch.rand(5, 11, 2) > 0.3
+    batch, masked, instance = nn.BatchNorm2d(3), twins.BatchNorm2d(3), nn.InstanceNorm2d(3, track_running_stats=True)
+    recalibrate(batch, [x])
+    recalibrate(masked, [x], forward=lambda m, b: m(b, mask=mask))
+    recalibrate(instance, [x, x.transpose(0, 1).contiguous().view(5, 3, 11, 2)[:2]])
+    check(batch, *truth(x, (0, 2, 3)))
+    valid = x.permute(0, 2, 3, 1)[mask]
+    check(masked, *truth(valid, 0))
+    both = np.concatenate([x.numpy(), x.transpose(0, 1).contiguous().view(5, 3, 11, 2)[:2].numpy()])
+    check(instance, both.mean((0, 2, 3), dtype=np.float64), truth(both, (2, 3))[1].mean(0))
+
+
+def test_a_large_mean_keeps_its_variance():
+    # in float32, mean(x²) − mean² is off by a factor of three here
+    x = 3000 + torch.randn(64, 2, 40)
+    layer = nn.BatchNorm1d(2)
+    recalibrate(layer, x, batch_size=10)
+    check(layer, *truth(x, (0, 2)))
+
+
+def test_bfloat16_model_gets_the_rounded_truth():
+    model = nn.Sequential(nn.BatchNorm2d(4)).bfloat16()
+    x = (torch.randn(33, 4, 5, 5) * 2 + 7).bfloat16()
+    recalibrate(model, x, batch_size=8)
+    mean, var = truth(x.float(), (0, 2, 3))
+    assert model[0].running_var.dtype == torch.bfloat16
+    assert torch.equal(model[0].running_mean, torch.tensor(mean).bfloat16())
+    assert torch.equal(model[0].running_var, torch.tensor(var).bfloat16())
+
+
+def by_hand(model, x, batch_size, method):
+    """Both layers' population statistics and the evaluation output, in NumPy from torch's convolution and weights."""
+    conv, bn1, fc, bn2 = model[0], model[1], model[5], model[6]
+    with torch.no_grad():
+        a = nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double()).numpy()
+    mean1, var1 = truth(a, (0, 2, 3))
+
+    def normalized(values, mean, var, layer):
+        view = (-1,) + (1,) * (values.ndim - 2)
+        scale = layer.weight.detach().double().numpy() / np.sqrt(var + layer.eps)
+        return (values - mean.reshape(view)) * scale.reshape(view) + layer.bias.detach().double().numpy().reshape(view)
+
+    def dense(values):
+        return np.maximum(values, 0).reshape(len(values), -1) @ fc.weight.detach().double().numpy().T + (
+            fc.bias.detach().double().numpy()
+        )
+
+    final1 = dense(normalized(a, mean1, var1, bn1))
+    if method == "layerwise":
+        b = final1
+    else:
+        parts = [a[i : i + batch_size] for i in range(0, len(a), batch_size)]
+        b = np.concatenate([dense(normalized(p, p.mean((0, 2, 3)), p.var((0, 2, 3)), bn1)) for p in parts])
+    mean2, var2 = truth(b, 0)
+    out = 1 / (1 + np.exp(-normalized(final1, mean2, var2, bn2)))
+    return (mean1, var1), (mean2, var2), out
+
+
+@BOTH
+@pytest.mark.parametrize("twin", [False, True], ids=["torch", "twin"])
+def test_two_layers_by_hand(method, twin):
+    model = net(twins.BatchNorm2d, twins.BatchNorm1d) if twin else net()
+    with torch.no_grad():
+        model[1].weight.uniform_(0.5, 2)
+        model[1].bias.uniform_(-1, 1)
+    x = images()
+    receipt = recalibrate(model, x, batch_size=6, method=method)
+    first, second, out = by_hand(model, x, 6, method)
+    check(model[1], *first, rtol=1e-5)
+    check(model[6], *second, rtol=1e-5)
+    np.testing.assert_allclose(model.eval()(x).detach().numpy(), out, rtol=2e-5, atol=2e-6)
+    assert receipt.facts["passes"] == (2 if method == "layerwise" else 1)
+    # the two methods differ by the batch noise, so the test above tells them apart
+    other = by_hand(model, x, 6, "one_pass" if method == "layerwise" else "layerwise")[1][1]
+    assert np.abs(other / second[1] - 1).max() > 0.01
+
+
+def test_layerwise_normalizes_the_evaluated_network():
+    model = nn.Sequential(*[part for i in range(4) for part in (nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh())])
+    x = torch.randn(50, 6)
+    recalibrate(model, x, batch_size=4)
+    model.eval()
+    for part in model:
+        x = part(x).detach()
+        if isinstance(part, nn.BatchNorm1d):
+            mean, var = truth(x, 0)
+            np.testing.assert_allclose(mean, 0, atol=1e-5)
+            np.testing.assert_allclose(var, 1, rtol=1e-3)  # eps
+
+
+@BOTH
+def test_dropout_is_inactive(method):
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3))
+    x = torch.randn(40, 3) + 5
+    recalibrate(model, x, batch_size=16, method=method)
+    check(model[1], *truth(x, 0))
+
+
+@BOTH
+@pytest.mark.parametrize("training", [True, False, "mixed"])
+def test_only_buffers_change_and_undo_is_exact(method, training):
+    model = net()
+    model(images())  # running statistics that are not the initial ones
+    model.train(bool(training))
+    if training == "mixed":
+        model[3].eval()
+        model[0].eval()
+    model[6].register_forward_pre_hook(lambda m, a: None)
+    before = bits(model)
+    receipt = recalibrate(model, images(seed=1), batch_size=5, method=method)
+    after = bits(model)
+    same(before, after, values=False)
+    assert not torch.equal(before[0]["1.running_var"][1], model[1].running_var)
+    assert not torch.equal(before[0]["6.running_mean"][1], model[6].running_mean)
+    receipt.undo()
+    same(before, bits(model))
+    with pytest.raises(RuntimeError, match="undone once"):
+        receipt.undo()
+
+
+@BOTH
+@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize("called", [True, False])
+def test_inference_mode(method, made, called):
+    with torch.inference_mode(made):
+        model = net()
+    x = images()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.inference_mode(called):
+        receipt = recalibrate(model, x, batch_size=6, method=method)
+    assert model[1].running_mean.is_inference() is made
+    first, second, _ = by_hand(model, x, 6, method)
+    check(model[1], *first, rtol=1e-5)
+    check(model[6], *second, rtol=1e-5)
+    receipt.undo()
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_gradients_are_off_and_stay_as_they_were():
+    model = net()
+    seen = []
+    model[2].register_forward_hook(lambda m, a, out: seen.append(out.requires_grad))
+    recalibrate(model, images())
+    assert seen
+    assert not any(seen)
+    assert torch.is_grad_enabled()
+
+
+@BOTH
+@pytest.mark.parametrize("fault", ["model", "loader", "interrupt", "nonfinite", "outputs"])
+def test_after_an_exception_the_model_is_as_it_was(method, fault):
+    model = net()
+    model(images())
+    model[3].eval()
+    calls = 0
+
+    def forward(m, batch):
+        nonlocal calls
+        calls += 1
+        torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002
+        out = m(batch)
+        if fault == "model" and calls == 6:  # in the second pass of layerwise, in the last batch of one_pass
+            raise RuntimeError("broken here")
+        if fault == "interrupt" and calls == 3:
+            raise KeyboardInterrupt("broken here")
+        return "no tensor" if fault == "outputs" else out
+
+    class Loader:
+        def __iter__(self):
+            for i, batch in enumerate(images(24).split(4)):
+                if fault == "loader" and i == 4:
+                    raise OSError("broken here")
+                yield batch * float("nan") if fault == "nonfinite" and i == 3 else batch
+
+    before = bits(model)
+    inputs = images(2) if fault == "outputs" else None
+    with pytest.raises(BaseException, match=r"broken here|not finite in 4 of 4 channels|same shapes") as caught:
+        recalibrate(model, Loader(), method=method, forward=forward, inputs=inputs)
+    same(before, bits(model))
+    if fault == "nonfinite":
+        assert "'1'" in str(caught.value)
+    assert torch.is_grad_enabled()
+
+
+def test_overflow_of_the_buffer_type_is_refused():
+    layer = nn.BatchNorm1d(2).half()
+    layer.running_var.fill_(3.0)
+    x = torch.randn(100, 2).half()
+    x[:, 1] *= 1000  # variance 1e6, beyond float16
+    with pytest.raises(ValueError, match="running_var of '\\(the model\\)'.* 1 of 2 .*channel 1.*float16"):
+        recalibrate(layer, x)
+    assert layer.running_var.tolist() == [3.0, 3.0]
+
+
+class Twice(nn.Module):
+    """One layer under two names, called on two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.BatchNorm1d(3)
+        self.b = self.a
+
+    def forward(self, x):
+        return self.a(x) + self.b(10 * x + 1)
+
+
+@BOTH
+def test_a_shared_layer_merges_its_calls(method):
+    model, x = Twice(), torch.randn(21, 3)
+    receipt = recalibrate(model, x, batch_size=8, method=method)
+    check(model.a, *truth(torch.cat([x, 10 * x + 1]), 0))
+    assert model.a.num_batches_tracked.item() == 6
+    assert list(receipt.edits) == ["a"]
+    assert receipt.edits["a"].also == ("b",)
+    assert "= b" in str(receipt)
+
+
+class Loop(nn.Module):
+    """The layer's second input depends on its first output."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm1d(2)
+
+    def forward(self, x):
+        return self.bn(3 * self.bn(x) + 1)
+
+
+@BOTH
+def test_a_layer_fed_by_itself_uses_batch_statistics(method):
+    model, x = Loop(), torch.randn(20, 2) * 50
+    recalibrate(model, x, batch_size=10, method=method)
+    again = [3 * (b - b.mean(0)) / (b.var(0, unbiased=False) + 1e-5).sqrt() + 1 for b in x.split(10)]
+    check(model.bn, *truth(torch.cat([x, *again]), 0), rtol=1e-5)
+
+
+def test_frozen_layers_are_untouched_and_named():
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    for name in ("listed", "inside", "marked", "still", "evaluated", "free", "constant"):
+        model.add_module(name, nn.Sequential(nn.BatchNorm1d(2)) if name == "inside" else nn.BatchNorm1d(2))
+    model.marked.nw_frozen = True
+    model.still.momentum = 0.0
+    model.evaluated.eval()
+    model.free.requires_grad_(False)  # parameters, not statistics
+    model.constant.running_mean = model.constant.running_var = None
+    x = torch.randn(30, 2) * 4 + 2
+    receipt = recalibrate(model, x, batch_size=7, frozen=["listed", "inside"])
+    reasons = {
+        "listed": "'listed' is in frozen=",
+        "inside.0": "'inside' is in frozen=",
+        "marked": "nw_frozen",
+        "still": "momentum is 0",
+        "evaluated": "in evaluation mode while the model trains",
+        "constant": "keeps no running statistics",
+    }
+    assert receipt.skipped.keys() == reasons.keys()
+    for name, reason in reasons.items():
+        assert reason in receipt.skipped[name]
+        assert name in str(receipt)
+        if name != "constant":
+            assert torch.equal(model.get_submodule(name).running_var, torch.ones(2))
+    assert list(receipt.edits) == ["free"]
+    # frozen layers act as in evaluation: they divide by sqrt(1 + eps), five of them
+    check(model.free, *truth(x.double() / (1 + 1e-5) ** 2.5, 0))
+    # in a model that is in evaluation mode as a whole, none is deliberately so
+    assert "evaluated" in recalibrate(model.eval(), x).edits
+    with pytest.raises(ValueError, match="none called 'absent'"):
+        recalibrate(model, x, frozen=["absent"])
+
+
+class Padded(nn.Module):
+    def __init__(self, norm, positional):
+        super().__init__()
+        self.norm, self.positional = norm, positional
+
+    def forward(self, x, mask):
+        return self.norm(x, None, mask) if self.positional else self.norm(x, mask=mask)
+
+
+@BOTH
+@pytest.mark.parametrize("positional", [True, False])
+@pytest.mark.parametrize(
+    "make", [lambda: twins.BatchNorm1d(3), lambda: nwn.Norm("[b] c [s...]", c=3)], ids=["twin", "Norm"]
+)
+def test_masked_positions_count_nothing(method, positional, make):
+    x = torch.randn(14, 3, 9) * 2 + 1
+    lengths = torch.tensor([9, 1, 0, 4, 5, 9, 2, 2, 3, 8, 1, 6, 7, 9])
+    mask = torch.arange(9) < lengths.unsqueeze(1)
+    x = torch.where(mask.unsqueeze(1), x, torch.nan)
+    model = Padded(make(), positional)
+    batches = [{"x": x[i : i + 4], "mask": mask[i : i + 4]} for i in range(0, 14, 4)]
+    recalibrate(model, batches, method=method)
+    check(model.norm, *truth(x.transpose(1, 2)[mask], 0))
+
+
+def test_everything_masked_is_refused():
+    model = Padded(twins.BatchNorm1d(3), False)
+    with pytest.raises(ValueError, match="at least two values, and 'norm'"):
+        recalibrate(model, [{"x": torch.randn(4, 3, 2), "mask": torch.zeros(4, 2, dtype=torch.bool)}])
+
+
+@BOTH
+@pytest.mark.parametrize("module", [nn, twins], ids=["torch", "twin"])
+def test_instance_norm_averages_over_samples(method, module):
+    layer = module.InstanceNorm2d(3, track_running_stats=True)
+    x = torch.randn(11, 3, 4, 5) * torch.rand(11, 3, 1, 1) + torch.randn(11, 3, 1, 1)
+    recalibrate(layer, x, batch_size=4, method=method)
+    mean, var = truth(x, (2, 3))
+    check(layer, mean.mean(0), var.mean(0))
+    assert layer.num_batches_tracked.item() == 0  # torch's instance norm never counts
+    # images of several sizes, unbatched: each sample counts once
+    sizes = [torch.randn(3, h, 6) for h in (2, 9, 5)]
+    recalibrate(layer, sizes, method=method)
+    stats = [truth(image, (1, 2)) for image in sizes]
+    check(layer, *(np.mean([s[i] for s in stats], 0) for i in (0, 1)))
+
+
+def test_instance_norm_agrees_with_training():
+    # one batch with momentum 1 is what training itself would store
+    ours, theirs = (nn.InstanceNorm1d(3, momentum=1.0, track_running_stats=True) for _ in range(2))
+    x = torch.randn(5, 3, 8)
+    theirs(x)
+    recalibrate(ours, [x])
+    check(ours, theirs.running_mean.numpy(), theirs.running_var.numpy())
+
+
+@BOTH
+def test_ghost_batch_norm_takes_the_variance_within_chunks(method):
+    layer = nwn.GhostBatchNorm(3, 2, momentum=1.0)
+    x = torch.randn(20, 3, 4) + torch.arange(20).view(20, 1, 1)
+    recalibrate(layer, [x[:12], x[12:]], method=method)
+    chunks = [x[:6], x[6:12], x[12:16], x[16:]]
+    m2 = sum(((c - c.mean((0, 2), keepdim=True)) ** 2).double().sum((0, 2)) for c in chunks)
+    check(layer, truth(x, (0, 2))[0], (m2 / sum(c.size(0) * 4 - 1 for c in chunks)).numpy(), rtol=1e-5)
+    # for one batch, exactly what training stores
+    trained = nwn.GhostBatchNorm(3, 2, momentum=1.0)
+    trained(x)
+    recalibrate(layer, [x])
+    check(layer, trained.running_mean.numpy(), trained.running_var.numpy(), rtol=1e-5)
+
+
+def test_norm_patterns():
+    x = torch.randn(13, 6, 4) + 3
+    packed = nwn.Norm("[b] (k c) [s...]", k=2, c=3)
+    recalibrate(packed, x, batch_size=5)
+    check(packed, *truth(x, (0, 2)))
+    uncentred = nwn.Norm("[b] c [s...]", c=6, center=False)
+    recalibrate(uncentred, x, batch_size=5)
+    np.testing.assert_allclose(uncentred.running_var.numpy(), (x.double() ** 2).mean((0, 2)).numpy(), rtol=1e-6)
+    chunked = nwn.Norm("(n [b]) c [s...]", n=2, c=6, new_weight=1.0)
+    trained = copy.deepcopy(chunked)
+    trained(x[:12])
+    recalibrate(chunked, [x[:12]])
+    check(chunked, trained.running_mean.numpy(), trained.running_var.numpy())
+    still = nwn.Norm("[b] c [s...]", c=6, new_weight=0.0)
+    assert "momentum is 0" in recalibrate(still, x).skipped[""]
+
+
+class Own(nn.BatchNorm2d):
+    def forward(self, input):
+        return super().forward(input).relu()
+
+
+class Unknown(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_scale", torch.ones(3))
+
+    def forward(self, x):
+        return x
+
+
+class Partly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.own, self.unknown, self.aside = Own(3), Unknown(), nn.BatchNorm2d(3)
+        self.sync = nn.SyncBatchNorm(3)
+
+    def forward(self, x):
+        x = self.sync(self.unknown(self.own(x)))
+        return self.aside(x) if self.training else x
+
+
+@BOTH
+def test_subclasses_unknown_classes_and_layers_not_called(method):
+    model, x = Partly(), torch.randn(10, 3, 4, 4) + 1
+    before = bits(model)
+    receipt = recalibrate(model, x, batch_size=4, method=method)
+    check(model.own, *truth(x, (0, 2, 3)))
+    assert list(receipt.edits) == ["own", "sync"]
+    assert "unknown class Unknown with running_scale" in receipt.skipped["unknown"]
+    assert "not called" in receipt.skipped["aside"]
+    assert torch.equal(model.aside.running_mean, before[0]["aside.running_mean"][1])
+    assert [m.training for m in model.modules()] == before[1]
+
+
+def test_no_norm_reads_nothing():
+    def never():
+        raise AssertionError("read")
+        yield
+
+    receipt = recalibrate(nn.Linear(3, 3), never(), method="one_pass")
+    assert not receipt.edits
+    receipt.model.weight.add_(0) if False else None
+
+
+@pytest.mark.parametrize("wrap", ["compile", "DataParallel"])
+def test_wrappers_are_looked_through(wrap):
+    inner, x = net(), images()
+    model = torch.compile(inner, backend="eager") if wrap == "compile" else nn.DataParallel(inner)
+    receipt = recalibrate(model, x, batch_size=6)
+    check(inner[1], *by_hand(inner, x, 6, "layerwise")[0], rtol=1e-5)
+    assert list(receipt.edits) == ["1", "6"]
+    assert receipt.model is model
+
+
+@pytest.mark.slow
+def test_a_compiled_part_is_run_eagerly():
+    part = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model, x = nn.Sequential(torch.compile(part, backend="eager"), nn.Linear(3, 2)), torch.randn(20, 3)
+    for training in (True, False):  # graphs made before there were hooks
+        model.train(training)(x)
+    receipt = recalibrate(model, x, batch_size=6)
+    assert list(receipt.edits) == ["0.1"]
+    check(part[1], *truth(part[0](x).detach(), 0))
+
+
+def test_the_user_s_own_hook_is_seen():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    model[0].register_forward_pre_hook(lambda m, args: (args[0] * 2 + 1,))
+    x = torch.randn(20, 3)
+    recalibrate(model, x, batch_size=8)
+    check(model[0], *truth(2 * x + 1, 0))
+    assert len(model[0]._forward_pre_hooks) == 1
+
+
+@BOTH
+def test_the_ways_to_give_batches(method):
+    x = torch.randn(20, 3)
+    parts = x.split(8)
+    ways = [
+        (list(parts), {}),
+        ([(part, torch.zeros(len(part))) for part in parts], {}),
+        ([[part] for part in parts], {}),
+        ([{"input": part} for part in parts], {}),
+        (DataLoader(TensorDataset(x, x), batch_size=8), {}),
+        ([("a", part) for part in parts], {"forward": lambda model, batch: model(batch[1])}),
+        (x, {"batch_size": 8, "device": "cpu"}),
+        ([*parts, torch.full((4, 3), torch.nan)], {"limit": 3}),
+        ([*parts, torch.empty(0, 3)], {}),
+    ]
+    for batches, options in ways:
+        layer = nn.BatchNorm1d(3)
+        recalibrate(layer, batches, method=method, **options)
+        check(layer, *truth(x, 0))
+
+
+def test_a_generator_is_read_once():
+    x, model = images(), net()
+    before = bits(model)
+    with pytest.raises(ValueError, match=r'generator can be read once only\. Pass .* method="one_pass"'):
+        recalibrate(model, (part for part in x.split(6)))
+    same(before, bits(model))
+    recalibrate(model, (part for part in x.split(6)), method="one_pass")
+    check(model[6], *by_hand(model, x, 6, "one_pass")[1], rtol=1e-5)
+
+
+def test_passes_of_different_length_are_refused():
+    class Spent:
+        def __init__(self):
+            self.parts = iter(images().split(6))
+
+        def __iter__(self):
+            return (part for part in self.parts)
+
+    model = net()
+    before = bits(model)
+    with pytest.raises(ValueError, match="first pass had 4 batches and pass 2 had 0"):
+        recalibrate(model, Spent())
+    same(before, bits(model))
+
+
+@BOTH
+def test_wrong_requests(method):
+    model = net()
+    for batches in ([], images()[:0].split(1)[1:], DataLoader(TensorDataset(images(3)), batch_size=5, drop_last=True)):
+        with pytest.raises(ValueError, match="there were no batches"):
+            recalibrate(model, batches, method=method)
+    with pytest.raises(ValueError, match="method is one of 'layerwise', 'one_pass'; got 'twice'"):
+        recalibrate(model, images(), method="twice")
+    for options in ({"limit": 0}, {"limit": 1.5}, {"batch_size": -1}, {"batch_size": True}):
+        with pytest.raises(ValueError, match="is a positive number of"):
+            recalibrate(model, images(), method=method, **options)
+    with pytest.raises(ValueError, match="an input; run the model once first"):
+        recalibrate(nn.Sequential(nn.LazyBatchNorm2d()), images(), method=method)
+    with pytest.raises(ValueError, match="more than one value|at least two values"):
+        recalibrate(nn.BatchNorm1d(3), [torch.randn(1, 3)], method=method)
+
+
+def test_a_last_batch_of_one():
+    x, model = torch.randn(9, 3), nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    recalibrate(model, x, batch_size=4)
+    check(model[0], *truth(x, 0))
+    check(model[2], *truth(model[1](model.eval()[0](x)).detach(), 0), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"'0' got \(1, 3\)"):
+        recalibrate(model, x, batch_size=4, method="one_pass")
+
+
+def test_the_cumulative_average_goes_on_from_there():
+    layer, x, new = nn.BatchNorm1d(3, momentum=None), torch.randn(20, 3), torch.randn(6, 3)
+    recalibrate(layer, x, batch_size=5)
+    assert layer.num_batches_tracked.item() == 4
+    layer.train()(new)
+    check(layer, (4 * truth(x, 0)[0] + truth(new, 0)[0]) / 5, (4 * truth(x, 0)[1] + truth(new, 0)[1]) / 5)
+
+
+@pytest.mark.parametrize("own_generator", [True, False])
+def test_a_shuffled_loader_gives_each_pass_the_same_data(own_generator):
+    x = images(30)
+    generator = torch.Generator().manual_seed(5) if own_generator else None
+    loader = DataLoader(TensorDataset(x), batch_size=7, shuffle=True, drop_last=True, generator=generator)
+    model = net()
+    torch.manual_seed(8)
+    state = loader.generator.get_state() if own_generator else torch.get_rng_state()
+    recalibrate(model, loader)
+    assert torch.equal(loader.generator.get_state() if own_generator else torch.get_rng_state(), state)
+    used = torch.cat([batch[0] for batch in loader])  # the same order again
+    first, second, _ = by_hand(model, used, 7, "layerwise")
+    check(model[1], *first, rtol=1e-5)
+    check(model[6], *second, rtol=1e-5)
+
+
+@BOTH
+def test_the_receipt_measures_the_outputs(method):
+    model, x = net(), images()
+    old = copy.deepcopy(model).eval()(x[:5])
+    receipt = recalibrate(model, x, batch_size=6, method=method, inputs=(x[:5], None))
+    difference = (model.eval()(x[:5]) - old).detach().double()
+    assert receipt.max_difference == pytest.approx(difference.abs().max().item(), rel=1e-6)
+    assert receipt.rms_difference == pytest.approx(difference.square().mean().sqrt().item(), rel=1e-6)
+    edit = receipt.edits["1"]
+    assert edit.before == {"running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}
+    assert edit.after["running_var"] == pytest.approx(model[1].running_var.double().mean().item())
+    assert edit.after["num_batches_tracked"] == 4
+    moved = (model[1].running_mean.abs() / model[1].running_var.sqrt()).max().item()
+    assert edit.measured["mean moved, sd, at most"] == pytest.approx(moved, rel=1e-5)
+    assert edit.measured["variance ×, most"] == pytest.approx(model[1].running_var.max().item(), rel=1e-6)
+    assert recalibrate(model, x).max_difference is None
