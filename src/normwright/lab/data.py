@@ -310,7 +310,7 @@ def _from_path(path: Path, progress: bool) -> _Arrays:
         for folder in (path, path / "cifar-10-batches-py", path / "cifar-100-python"):
             if folder.is_dir() and (batches := {entry.name: entry for entry in folder.iterdir() if entry.is_file()}):
                 read = _bounded_file_reader(batches)
-                if (arrays := _read_cifar(path.name, batches, read)) is not None:
+                if (arrays := _read_cifar(path.resolve().name, batches, read)) is not None:
                     return arrays
         return _read_image_folder(path, progress)
     if not path.is_file():
@@ -341,9 +341,8 @@ def _read_idx(folder: Path, classes: tuple[str, ...] | None) -> _Arrays:
             f"The training images of {folder} are {_size(x_train)} pixels and the test images {_size(x_test)}; they "
             "must have one size."
         )
-    return _Arrays(
-        folder.name, x_train, y_train, x_test, y_test, classes, f"IDX files of the folder {folder.resolve().name}"
-    )
+    name = folder.resolve().name
+    return _Arrays(name, x_train, y_train, x_test, y_test, classes, f"IDX files of the folder {name}")
 
 
 def _read_idx_part(folder: Path, files: dict[tuple[str, str], Path], part: str) -> tuple[np.ndarray, np.ndarray]:

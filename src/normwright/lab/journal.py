@@ -1,17 +1,73 @@
-"""The journal: one SQLite file, one row a run and one an epoch, written as it happens."""
+"""The journal: one SQLite file, one row a run and one an epoch, written as it happens.
+
+What survives. The file is in write-ahead mode with `synchronous=NORMAL`, and every epoch is one transaction that holds
+its metrics and the state to resume from. Killing the process (`kill -9`) loses nothing that was committed, hence at
+most the epoch under way; a power cut may lose the last few commits (flushing each would cost a disk flush an epoch) but
+never leaves the file inconsistent.
+
+Who owns a run. `claim_run` marks it as running, with host, process id and the time that process started, under the
+write lock. A run marked by a process of this host that no longer lives can be claimed again; what another host left
+behind needs `release_runs`. A process that writes to a run which is no longer its own is told so and writes nothing.
+
+The file's `application_id` says that it is ours and its `user_version` which schema it has; both are read from the
+header before SQLite opens it, so a foreign or newer file is left exactly as it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import socket
+import sqlite3
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeAlias
 
-__all__ = ["Journal", "Metrics", "Run", "Study", "environment"]
+import numpy as np
+import torch
 
-Metric = Union[float, int, Sequence["Metric"]]  # non-finite floats are kept exactly; lists may nest
-Metrics = Mapping[str, Metric]
+from .errors import UserError
+from .files import atomic_write
+
+__all__ = ["SCHEMA_VERSION", "Journal", "Metrics", "Run", "Study", "environment"]
+
+SCHEMA_VERSION = 1
+_APPLICATION_ID = 0x6E776A6C  # "nwjl"
+
+Metric: TypeAlias = "float | Sequence[Metric]"  # non-finite numbers are kept exactly; lists may nest
+Metrics: TypeAlias = Mapping[str, Metric]
 Status = Literal["pending", "running", "finished", "diverged", "failed", "interrupted"]
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE study (
+  id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, config TEXT NOT NULL, environment TEXT NOT NULL,
+  source TEXT NOT NULL, source_sha256 TEXT NOT NULL, data_sha256 TEXT NOT NULL, command TEXT NOT NULL,
+  created TEXT NOT NULL);
+CREATE TABLE run (
+  id INTEGER PRIMARY KEY, study INTEGER NOT NULL REFERENCES study, arm TEXT NOT NULL, seed INTEGER NOT NULL,
+  config TEXT NOT NULL, hash TEXT NOT NULL,
+  status TEXT NOT NULL CHECK (status IN ('pending', 'running', 'finished', 'diverged', 'failed', 'interrupted')),
+  started TEXT, finished TEXT, error TEXT, host TEXT, pid INTEGER, pid_started TEXT,
+  UNIQUE (study, hash));
+CREATE TABLE epoch (
+  run INTEGER NOT NULL REFERENCES run, epoch INTEGER NOT NULL, metrics TEXT NOT NULL, recorded TEXT NOT NULL,
+  PRIMARY KEY (run, epoch)) WITHOUT ROWID;
+CREATE TABLE checkpoint (run INTEGER PRIMARY KEY REFERENCES run, epoch INTEGER NOT NULL, state BLOB NOT NULL);
+CREATE TABLE result (
+  run INTEGER NOT NULL REFERENCES run, name TEXT NOT NULL, value NOT NULL, PRIMARY KEY (run, name)) WITHOUT ROWID;
+"""
 
 
 @dataclass(frozen=True)
@@ -49,12 +105,118 @@ class Run:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and commit: `python, torch, numpy, normwright, platform, cpu, cores, threads, gpu, commit`."""
-    raise NotImplementedError
+    """Versions, machine and commit: `python, torch, numpy, normwright, platform, cpu, cores, threads, gpu, commit`.
+
+    `cores` are those this process may use, `threads` those torch does use; `gpu` and `commit` are None where there are
+    none (`commit` is that of normwright's own checkout, with `-dirty` if it has changes).
+    """
+    try:
+        own_version = version("normwright")
+    except PackageNotFoundError:
+        own_version = None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "normwright": own_version,
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": _commit(),
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        # An installed copy may lie inside somebody else's checkout: only a tracked file has a commit of ours.
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], check=True, capture_output=True, timeout=10)
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+def _process_started(pid: int) -> str | None:
+    """When the process started, in ticks since boot ("" where that is not told), or None if it is dead.
+
+    The start tells a process from a later one that was given the same number. Only where there is `/proc` or signals
+    can be sent is a death seen; elsewhere (Windows) every process counts as alive.
+    """
+    if Path("/proc/self/stat").exists():
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        return None if fields[0] in "ZX" else fields[19]
+    if os.name == "posix":
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            return ""
+    return ""
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def _plain(value: Any) -> Any:
+    """A metric as JSON can say it; what JSON cannot say (nan, inf) becomes its name."""
+    if hasattr(value, "tolist"):  # tensors, arrays and NumPy's numbers
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool | int):
+        return int(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else repr(value)
+    raise TypeError(f"A metric is a number or a list of numbers, not {type(value).__name__}.")
+
+
+def _number(value: Any) -> Any:
+    """The inverse of `_plain`."""
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    return float(value) if isinstance(value, str) else value
+
+
+def _pack_result(value: Any) -> float | str:
+    # A column of SQLite: numbers stay numbers, so that SQL can average them; nan, which SQLite would turn into NULL,
+    # and lists are text.
+    plain = _plain(value)
+    return json.dumps(plain) if isinstance(plain, list) else plain
+
+
+def _unpack_result(value: Any) -> Any:
+    return _number(json.loads(value) if isinstance(value, str) and value.startswith("[") else value)
+
+
+def _config_json(config: Mapping[str, Any]) -> str:
+    return json.dumps(dict(config), sort_keys=True, allow_nan=False)
 
 
 class Journal:
-    """A journal file, open; use it as a context manager or call `close()`. One connection a process and thread.
+    """A journal file, open; use it as a context manager or call `close()`. One object a thread and process.
 
     `mode`: `"create"` opens for writing and makes the file if it is missing, `"write"` needs it to exist, `"read"`
     changes nothing. `timeout`: seconds to wait for another writer. Every fault that the user can mend (no journal,
@@ -76,10 +238,144 @@ class Journal:
     def __init__(
         self, path: str | Path, *, mode: Literal["create", "write", "read"] = "create", timeout: float = 30.0
     ) -> None:
-        raise NotImplementedError
+        self.path = Path(path)
+        self.timeout = timeout
+        self._pid = os.getpid()
+        self._readable_states: set[int] = set()
+        exists = self._check_header(may_be_new=mode == "create")
+        if mode == "read":
+            uri = self.path.resolve().as_uri() + "?mode=ro"
+            # Reading a WAL file makes a small index beside it; in a folder that may not be written there is no other
+            # writer to heed either, unless its log lies there.
+            if not os.access(self.path.parent, os.W_OK) and not Path(f"{self.path}-wal").exists():
+                uri += "&immutable=1"
+            with self._faults():
+                self._db = sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None)
+        else:
+            with self._faults():
+                self._db = sqlite3.connect(self.path, timeout=timeout, isolation_level=None)
+        try:
+            if mode != "read":
+                self._prepare(exists)
+            with self._faults():
+                self._db.execute("PRAGMA foreign_keys = ON")
+                (verdict,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+                if verdict != "ok":
+                    raise sqlite3.DatabaseError(f"malformed: {verdict}")
+        except BaseException:
+            self._db.close()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
-        raise NotImplementedError
+        self._db.close()
+
+    def _check_header(self, may_be_new: bool) -> bool:
+        """Whether there is a journal of ours at the path; UserError for any other file. Opens nothing with SQLite."""
+        try:
+            if may_be_new:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                if not self.path.exists():
+                    return False
+            with self.path.open("rb") as file:
+                head = file.read(100)
+        except FileNotFoundError as error:
+            raise UserError(f"There is no journal {self.path}; name the folder of a study that was run.") from error
+        except OSError as error:
+            raise UserError(
+                f"The journal {self.path} cannot be opened ({error.strerror}); check the path and its rights."
+            ) from error
+        if not head and may_be_new:
+            return False
+        if len(head) < 100 or not head.startswith(b"SQLite format 3\0"):
+            raise UserError(
+                f"{self.path} is no journal: it is not an SQLite file; move it away or choose another folder."
+            )
+        if int.from_bytes(head[68:72], "big") != _APPLICATION_ID:
+            raise UserError(
+                f"{self.path} is a database of another program, not a journal of normwright; choose another folder."
+            )
+        found = int.from_bytes(head[60:64], "big")
+        if found != SCHEMA_VERSION:
+            raise UserError(
+                f"The journal {self.path} has schema version {found}, this normwright reads {SCHEMA_VERSION}; use the "
+                "normwright that wrote it or choose another folder (nothing was changed)."
+            )
+        return True
+
+    def _prepare(self, exists: bool) -> None:
+        if not exists:
+            # Made in one transaction and before write-ahead mode, so that the header is there whole or not at all.
+            with self._writing() as db:
+                if db.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
+                    for statement in _SCHEMA.split(";"):
+                        db.execute(statement)
+                    about = {"created": _now(), "schema_version": str(SCHEMA_VERSION)}
+                    db.executemany("INSERT INTO meta VALUES (?, ?)", about.items())
+                    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                    db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        deadline = time.monotonic() + self.timeout
+        with self._faults():
+            while True:
+                try:
+                    (mode,) = self._db.execute("PRAGMA journal_mode = WAL").fetchone()
+                    break
+                except sqlite3.OperationalError as error:
+                    # SQLite does not wait by itself when another process is switching the same new file.
+                    if "locked" not in str(error) or time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.02)
+            self._db.execute("PRAGMA synchronous = NORMAL")
+        if mode != "wal":
+            raise UserError(
+                f"The disk of {self.path} does not allow write-ahead logging; choose a folder on a local disk."
+            )
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        """Say SQLite's complaints about the file, as opposed to those about our statements, as a UserError."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            if not isinstance(error, sqlite3.OperationalError) and type(error) is not sqlite3.DatabaseError:
+                raise
+            text = str(error)
+            if "full" in text:
+                advice = "the disk is full; free some space and resume, all that was recorded before is kept"
+            elif "locked" in text:
+                advice = f"another process has held it for over {self.timeout:g} s; wait for that one or stop it"
+            elif "readonly" in text:
+                advice = "it is read-only; make it writable or choose another folder"
+            elif "malformed" in text or "not a database" in text or "no such" in text:
+                advice = f"it is damaged ({text}); restore a copy, or choose another folder and start again"
+            else:
+                advice = f"SQLite says: {text}; check the disk and the rights of its folder"
+            raise UserError(f"The journal {self.path} cannot be used: {advice}.") from error
+
+    @contextmanager
+    def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
+        if os.getpid() != self._pid:
+            raise RuntimeError("A journal must not be carried over a fork; open it anew in the child process.")
+        with self._faults():
+            try:
+                self._db.execute(begin)
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _writing(self):
+        return self._transaction("BEGIN IMMEDIATE")
+
+    def _reading(self):
+        return self._transaction("BEGIN")
 
     def create_study(
         self,
@@ -91,45 +387,174 @@ class Journal:
         command: str = "",
         environment: Mapping[str, Any] | None = None,
     ) -> Study:
-        """Record a new study; `source` is the text of its file, kept with its hash. UserError if the name is taken."""
-        raise NotImplementedError
+        """Record a new study and return it; UserError if the name is taken.
+
+        `source`: the text of the study's file, kept with its hash. `environment`: None takes `environment()`.
+        """
+        about = _environment() if environment is None else environment
+        digest = hashlib.sha256(source.encode()).hexdigest()
+        values = (name, _config_json(config), _config_json(about), source, digest, data_sha256, command, _now())
+        with self._writing() as db:
+            if db.execute("SELECT 1 FROM study WHERE name = ?", (name,)).fetchone():
+                raise UserError(f"{self.path} already has a study {name!r}; resume it, or choose another folder.")
+            db.execute(
+                "INSERT INTO study (name, config, environment, source, source_sha256, data_sha256, command, created) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                values,
+            )
+        return self.open_study(name)
 
     def open_study(
         self, name: str, config: Mapping[str, Any] | None = None, *, data_sha256: str | None = None
     ) -> Study:
-        """The study of that name; UserError if there is none, or if `config` or the data differ (says in which keys)."""
-        raise NotImplementedError
+        """The study of that name; UserError if there is none, or if `config` (in which keys) or the data differ."""
+        studies = {study.name: study for study in self.studies()}
+        if name not in studies:
+            known = ", ".join(studies) or "none at all"
+            raise UserError(f"{self.path} has no study {name!r} (it has: {known}); check the name or start it anew.")
+        study = studies[name]
+        if config is not None:
+            given = json.loads(_config_json(config))
+            differ = [
+                f"{key} ({study.config.get(key)!r} there, {given.get(key)!r} now)"
+                for key in sorted(given.keys() | study.config.keys())
+                if (key in given, given.get(key)) != (key in study.config, study.config.get(key))
+            ]
+            if differ:
+                raise UserError(
+                    f"The study {name!r} in {self.path} was started with other settings: {', '.join(differ)}; resume "
+                    "it with the same ones, or choose another folder."
+                )
+        if data_sha256 is not None and data_sha256 != study.data_sha256:
+            raise UserError(
+                f"The study {name!r} in {self.path} was started on other data (SHA-256 {study.data_sha256[:12]}… "
+                f"there, {data_sha256[:12]}… now); resume it with the same data, or choose another folder."
+            )
+        return study
 
     def studies(self) -> list[Study]:
         """All studies, oldest first."""
-        raise NotImplementedError
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT id, name, config, environment, source, source_sha256, data_sha256, command, created "
+                "FROM study ORDER BY id"
+            ).fetchall()
+        return [Study(row[0], row[1], json.loads(row[2]), json.loads(row[3]), *row[4:]) for row in rows]
 
     def add_run(self, study: int, arm: str, seed: int, config: Mapping[str, Any]) -> int:
         """Register a run as pending and return its id; the same arm, seed and config again is the same run."""
-        raise NotImplementedError
+        text = _config_json(config)
+        digest = hashlib.sha256(json.dumps([arm, seed, text]).encode()).hexdigest()
+        with self._writing() as db:
+            db.execute(
+                "INSERT INTO run (study, arm, seed, config, hash, status) VALUES (?, ?, ?, ?, ?, 'pending') "
+                "ON CONFLICT (study, hash) DO NOTHING",
+                (study, arm, seed, text, digest),
+            )
+            (run,) = db.execute("SELECT id FROM run WHERE study = ? AND hash = ?", (study, digest)).fetchone()
+        return run
 
     def claim_run(self, study: int, run: int | None = None, *, retry_failed: bool = False) -> Run | None:
-        """Take the next run to train (or `run`), atomically: no two processes ever get the same one; None if none is left.
+        """Take the next run to train (or `run`), atomically: no two processes get the same one. None if none is left.
 
         Runs that are pending or interrupted can be claimed, and those marked running by a process of this host that
-        is dead; with `retry_failed`, failed ones too.
+        is dead; with `retry_failed`, failed ones too. Epochs recorded after the last checkpoint are forgotten, since
+        they will be trained again: `Run.epochs` goes on where `checkpoint(run)` stands.
         """
-        raise NotImplementedError
+        free = ["pending", "interrupted", "failed"] if retry_failed else ["pending", "interrupted"]
+        host = socket.gethostname()
+        with self._writing() as db:
+            rows = db.execute(
+                "SELECT id, status, host, pid, pid_started FROM run WHERE study = ? ORDER BY id", (study,)
+            ).fetchall()
+            for number, status, *owner in rows:
+                stale = status == "running" and owner[0] == host and _process_started(owner[1]) != owner[2]
+                if run in (None, number) and (status in free or stale):
+                    break
+            else:
+                return None
+            db.execute(
+                "UPDATE run SET status = 'running', started = coalesce(started, ?), finished = NULL, error = NULL, "
+                "host = ?, pid = ?, pid_started = ? WHERE id = ?",
+                (_now(), host, self._pid, _process_started(self._pid), number),
+            )
+            db.execute(
+                "DELETE FROM epoch WHERE run = :run AND epoch > "
+                "coalesce((SELECT epoch FROM checkpoint WHERE run = :run), -1)",
+                {"run": number},
+            )
+            return self._select_runs(db, "run.id = ?", (number,))[0]
+
+    def release_runs(self, study: int) -> int:
+        """Give back the runs marked running by other hosts, once you know that those are dead; returns how many."""
+        with self._writing() as db:
+            cursor = db.execute(
+                "UPDATE run SET status = 'interrupted' WHERE study = ? AND status = 'running' AND host <> ?",
+                (study, socket.gethostname()),
+            )
+        return cursor.rowcount
 
     def record_epoch(self, run: int, epoch: int, metrics: Metrics, checkpoint: Any = None) -> None:
         """Commit one epoch and, in the same transaction, the state to resume from (replaces the one before).
 
-        `checkpoint`: anything that `torch.load(weights_only=True)` reads back: tensors, numbers, strings, dicts, lists.
+        `epoch` is the next one, counted from 0. `checkpoint`: anything that `torch.load(weights_only=True)` reads back:
+        tensors, numbers, strings, dicts, lists.
         """
-        raise NotImplementedError
+        self.record_epochs([(run, epoch, metrics, checkpoint)])
 
     def record_epochs(self, rows: Iterable[tuple[int, int, Metrics, Any]]) -> None:
         """Commit (run, epoch, metrics, checkpoint) of several runs in one transaction, as packed training needs."""
-        raise NotImplementedError
+        packed = []
+        for run, epoch, metrics, state in rows:
+            text = json.dumps({name: _plain(value) for name, value in metrics.items()}, allow_nan=False)
+            packed.append((run, epoch, text, None if state is None else self._pack_state(run, state)))
+        with self._writing() as db:
+            for run, epoch, text, blob in packed:
+                self._check_owner(db, run)
+                (n,) = db.execute("SELECT count(*) FROM epoch WHERE run = ?", (run,)).fetchone()
+                if epoch != n:
+                    raise ValueError(f"Epochs are recorded in order: the next of run {run} is {n}, not {epoch}.")
+                db.execute("INSERT INTO epoch VALUES (?, ?, ?, ?)", (run, epoch, text, _now()))
+                if blob is not None:
+                    db.execute("INSERT OR REPLACE INTO checkpoint VALUES (?, ?, ?)", (run, epoch, blob))
+
+    def _pack_state(self, run: int, state: Any) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        if run not in self._readable_states:
+            # Found out at the first epoch of a run rather than when it is to be resumed.
+            try:
+                torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+            except Exception as error:
+                raise TypeError("A checkpoint holds tensors, numbers, strings, dicts and lists only.") from error
+            self._readable_states.add(run)
+        return buffer.getvalue()
+
+    def _check_owner(self, db: sqlite3.Connection, run: int) -> None:
+        row = db.execute("SELECT arm, seed, status, host, pid FROM run WHERE id = ?", (run,)).fetchone()
+        if row is None:
+            raise ValueError(f"The journal has no run {run}.")
+        arm, seed, status, host, pid = row
+        if (status, host, pid) != ("running", socket.gethostname(), self._pid):
+            raise UserError(
+                f"Run {run} ({arm}, seed {seed}) in {self.path} is not this process's to write: it is {status}"
+                + (f" in process {pid} on {host}" if status == "running" else "")
+                + "; claim it first, and let only one process train it."
+            )
 
     def checkpoint(self, run: int) -> Any:
-        """The state given with the last epoch of `run`, tensors on the CPU, or None."""
-        raise NotImplementedError
+        """The state given with the last epoch of `run` that had one, tensors on the CPU, or None."""
+        with self._reading() as db:
+            row = db.execute("SELECT state FROM checkpoint WHERE run = ?", (run,)).fetchone()
+        if row is None:
+            return None
+        try:
+            return torch.load(io.BytesIO(row[0]), map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes can fail in any of zip, pickle and torch
+            raise UserError(
+                f"The checkpoint of run {run} in {self.path} is damaged ({type(error).__name__}); choose another "
+                "folder and start again."
+            ) from error
 
     def finish_run(
         self,
@@ -140,24 +565,83 @@ class Journal:
         error: str | None = None,
     ) -> None:
         """End a run with its results; its checkpoint is deleted."""
-        raise NotImplementedError
+        rows = [(run, name, _pack_result(value)) for name, value in (results or {}).items()]
+        with self._writing() as db:
+            self._end(db, run, status, error)
+            db.executemany("INSERT OR REPLACE INTO result VALUES (?, ?, ?)", rows)
+            db.execute("DELETE FROM checkpoint WHERE run = ?", (run,))
 
     def fail_run(self, run: int, error: str) -> None:
-        """End a run that raised; its checkpoint stays for a retry."""
-        raise NotImplementedError
+        """End a run that raised, with the error's text; its checkpoint stays for `claim_run(retry_failed=True)`."""
+        with self._writing() as db:
+            self._end(db, run, "failed", error)
 
     def interrupt_run(self, run: int) -> None:
         """Give a run back (Ctrl-C): the next `claim_run` continues it from its checkpoint."""
-        raise NotImplementedError
+        with self._writing() as db:
+            self._end(db, run, "interrupted", None)
+
+    def _end(self, db: sqlite3.Connection, run: int, status: Status, error: str | None) -> None:
+        self._check_owner(db, run)
+        db.execute("UPDATE run SET status = ?, finished = ?, error = ? WHERE id = ?", (status, _now(), error, run))
 
     def runs(self, study: int | None = None, *, status: Status | None = None) -> list[Run]:
         """Runs with their results, in the order they were added."""
-        raise NotImplementedError
+        with self._reading() as db:
+            where = "(:study IS NULL OR run.study = :study) AND (:status IS NULL OR status = :status)"
+            return self._select_runs(db, where, {"study": study, "status": status})
+
+    def _select_runs(self, db: sqlite3.Connection, where: str, values: Any) -> list[Run]:
+        results: dict[int, dict[str, Any]] = {}
+        for run, name, value in db.execute(
+            f"SELECT run, name, value FROM result WHERE run IN (SELECT id FROM run WHERE {where}) ORDER BY run, name",
+            values,
+        ):
+            results.setdefault(run, {})[name] = _unpack_result(value)
+        rows = db.execute(
+            "SELECT id, study, arm, seed, config, status, (SELECT count(*) FROM epoch WHERE epoch.run = run.id), "
+            f"error, started, finished, host, pid FROM run WHERE {where} ORDER BY id",
+            values,
+        )
+        return [
+            Run(number, of, arm, seed, json.loads(config), status, epochs, results.get(number, {}), *rest)
+            for number, of, arm, seed, config, status, epochs, *rest in rows
+        ]
 
     def epochs(self, run: int) -> dict[int, dict[str, Any]]:
         """Metrics by epoch, in order."""
-        raise NotImplementedError
+        with self._reading() as db:
+            rows = db.execute("SELECT epoch, metrics FROM epoch WHERE run = ? ORDER BY epoch", (run,)).fetchall()
+        return {epoch: {name: _number(value) for name, value in json.loads(text).items()} for epoch, text in rows}
 
     def export_csv(self, path: str | Path, table: Literal["runs", "epochs"] = "runs", study: int | None = None) -> None:
-        """Write one row a run (config and results in columns) or one an epoch (metrics in columns), atomically."""
-        raise NotImplementedError
+        """Write one row a run (config and results in columns) or one an epoch (metrics in columns), atomically.
+
+        Numbers are written so that they read back exactly, non-finite ones as nan, inf, -inf, lists as JSON.
+        """
+        names = {item.id: item.name for item in self.studies()}
+        records: list[tuple[list[Any], dict[str, Any]]] = []
+        for run in self.runs(study):
+            if table == "runs":
+                first = [names[run.study], run.id, run.arm, run.seed, run.status, run.epochs, run.started, run.finished]
+                rest = {f"config.{key}": value for key, value in run.config.items()} | run.results
+                records.append(([*first, run.error], rest))
+            else:
+                for epoch, metrics in self.epochs(run.id).items():
+                    records.append(([names[run.study], run.id, run.arm, run.seed, epoch], metrics))
+        fixed = ["study", "run", "arm", "seed"]
+        fixed += ["status", "epochs", "started", "finished", "error"] if table == "runs" else ["epoch"]
+        columns = list(dict.fromkeys(column for _, rest in records for column in rest))
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(fixed + columns)
+        for first, rest in records:
+            writer.writerow(first + [_cell(rest.get(column)) for column in columns])
+        atomic_write(path, [text.getvalue().encode()])
+
+
+_environment = environment  # `create_study` has an argument of that name
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(_plain(value) if isinstance(value, list) else value) if isinstance(value, list | dict) else value
