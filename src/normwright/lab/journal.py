@@ -201,10 +201,12 @@ def _number(value: Any) -> Any:
 
 
 def _pack_result(value: Any) -> float | str:
-    # A column of SQLite: numbers stay numbers, so that SQL can average them; nan, which SQLite would turn into NULL,
-    # and lists are text.
+    # A column of SQLite: numbers, inf too, stay numbers, so that SQL can average them; nan, which SQLite would turn
+    # into NULL, and lists are text.
     plain = _plain(value)
-    return json.dumps(plain) if isinstance(plain, list) else plain
+    if isinstance(plain, list):
+        return json.dumps(plain)
+    return plain if plain == "nan" else float(plain) if isinstance(plain, str) else plain
 
 
 def _unpack_result(value: Any) -> Any:
@@ -344,7 +346,7 @@ class Journal:
         except sqlite3.DatabaseError as error:
             if not isinstance(error, sqlite3.OperationalError) and type(error) is not sqlite3.DatabaseError:
                 raise
-            text = str(error)
+            text = " ".join(str(error).split())
             if "full" in text:
                 advice = "the disk is full; free some space and resume, all that was recorded before is kept"
             elif "locked" in text:

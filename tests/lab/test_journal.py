@@ -1,0 +1,560 @@
+"""The journal: what is written is there after kill -9, belongs to one process, and every fault is one sentence."""
+
+import csv
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from normwright.lab.errors import UserError
+from normwright.lab.journal import SCHEMA_VERSION, Journal, environment
+
+CONFIG = {"lr": 0.1, "epochs": 3, "arms": ["bn", "none"]}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "out" / "journal.sqlite"
+
+
+@pytest.fixture
+def journal(path):
+    with Journal(path) as journal:
+        yield journal
+
+
+def study_with_runs(journal, n=3):
+    study = journal.create_study("lenet", CONFIG, environment={})
+    for seed in range(n):
+        journal.add_run(study.id, "bn", seed, {"lr": 0.1})
+    return study.id
+
+
+def child(code, *args):
+    """A process of its own, which says "ready" when the test may go on."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def kill(process):
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def one_sentence(error):
+    text = str(error.value)
+    assert text.endswith(".")
+    assert "\n" not in text
+    return text
+
+
+def test_a_study_is_read_back(journal):
+    written = journal.create_study(
+        "lenet", CONFIG, source="print('ä')\n", data_sha256="ab" * 32, command="normwright study lenet"
+    )
+    (read,) = journal.studies()
+    assert read == written == journal.open_study("lenet", CONFIG, data_sha256="ab" * 32)
+    assert read.config == CONFIG
+    assert read.source == "print('ä')\n"
+    assert read.source_sha256 == "52e36847bfb25b674e8c86fda1c5679da041d197e3616dac6068567188a32a01"
+    assert read.command == "normwright study lenet"
+    assert read.environment == environment()
+
+
+def test_the_environment_names_versions_and_machine():
+    found = environment()
+    assert found["torch"] == torch.__version__
+    assert found["numpy"] == np.__version__
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["threads"] == torch.get_num_threads()
+    assert found["cores"] >= 1
+    assert found["cpu"]
+    json.dumps(found, allow_nan=False)
+    if (Path(__file__).parents[2] / ".git").exists() and shutil.which("git"):
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+        assert found["commit"].removesuffix("-dirty") == head.stdout.strip()
+
+
+def test_a_study_is_made_once_and_resumed_with_the_same_settings_and_data(journal):
+    journal.create_study("lenet", CONFIG, environment={}, data_sha256="a" * 64)
+    with pytest.raises(UserError, match="already has a study 'lenet'; resume it"):
+        journal.create_study("lenet", CONFIG, environment={})
+    with pytest.raises(UserError, match=r"other settings: epochs \(3 there, 5 now\); resume"):
+        journal.open_study("lenet", CONFIG | {"epochs": 5})
+    with pytest.raises(UserError, match=r"other settings: extra \(None there, 1 now\)"):
+        journal.open_study("lenet", CONFIG | {"extra": 1})
+    with pytest.raises(UserError, match=r"other data \(SHA-256 aaaaaaaaaaaa… there, bbbbbbbbbbbb… now"):
+        journal.open_study("lenet", data_sha256="b" * 64)
+    with pytest.raises(UserError, match=r"no study 'vgg' \(it has: lenet\)"):
+        journal.open_study("vgg")
+    assert len(journal.studies()) == 1
+
+
+def test_a_run_from_claim_to_finish(journal):
+    study = study_with_runs(journal, 1)
+    assert journal.add_run(study, "bn", 0, {"lr": 0.1}) == 1  # the same run, not another
+    assert journal.add_run(study, "bn", 0, {"lr": 0.2}) == 2
+    (pending, _) = journal.runs()
+    assert (pending.status, pending.epochs, pending.host, pending.started) == ("pending", 0, None, None)
+    run = journal.claim_run(study)
+    assert (run.id, run.arm, run.seed, run.config, run.status) == (1, "bn", 0, {"lr": 0.1}, "running")
+    assert run.pid == os.getpid()
+    assert journal.claim_run(study, 1) is None  # it is ours already
+    for epoch in range(3):
+        journal.record_epoch(1, epoch, {"train_loss": 1 / (epoch + 3)}, {"epoch": epoch})
+    journal.finish_run(1, {"test_acc": 0.875, "per_class": [0.5, math.nan]})
+    done = journal.runs(study, status="finished")
+    assert [run.id for run in done] == [1]
+    assert done[0].results["test_acc"] == 0.875
+    assert done[0].epochs == 3
+    assert done[0].finished >= done[0].started
+    assert journal.epochs(1) == {0: {"train_loss": 1 / 3}, 1: {"train_loss": 1 / 4}, 2: {"train_loss": 1 / 5}}
+    assert journal.checkpoint(1) is None
+    assert journal.claim_run(study).id == 2
+    assert journal.claim_run(study) is None
+
+
+def test_diverged_and_failed_runs_are_kept(journal):
+    study = study_with_runs(journal, 3)
+    a, b, c = (journal.claim_run(study).id for _ in range(3))
+    journal.record_epoch(b, 0, {"loss": 1.0}, {"w": torch.ones(2)})
+    journal.finish_run(a, {"train_loss": math.inf}, status="diverged", error="loss is inf at step 7")
+    journal.fail_run(b, "ValueError: no such layer")
+    journal.interrupt_run(c)
+    assert [(run.status, run.error) for run in journal.runs()] == [
+        ("diverged", "loss is inf at step 7"),
+        ("failed", "ValueError: no such layer"),
+        ("interrupted", None),
+    ]
+    assert journal.claim_run(study).id == c
+    assert journal.claim_run(study) is None
+    again = journal.claim_run(study, retry_failed=True)
+    assert (again.id, again.epochs, again.error) == (b, 1, None)
+    assert torch.equal(journal.checkpoint(b)["w"], torch.ones(2))
+
+
+NUMBERS = {
+    "nan": math.nan,
+    "inf": math.inf,
+    "minus": -math.inf,
+    "zero": -0.0,
+    "tiny": 5e-324,
+    "third": 1 / 3,
+    "whole": 3.0,
+    "count": 2**53 + 1,
+    "float32": np.float32(0.1),
+    "tensor": torch.tensor(0.1),
+    "list": [1.5, math.nan, [-math.inf, 2]],
+    "array": torch.tensor([0.1, math.inf]),
+}
+READ_BACK = NUMBERS | {
+    "float32": float(np.float32(0.1)),
+    "tensor": float(np.float32(0.1)),
+    "array": [float(np.float32(0.1)), math.inf],
+}
+
+
+def test_numbers_are_read_back_exactly_even_those_that_sqlite_and_json_cannot_say(journal):
+    study = study_with_runs(journal, 1)
+    run = journal.claim_run(study).id
+    journal.record_epoch(run, 0, NUMBERS)
+    journal.finish_run(run, NUMBERS)
+    for found in (journal.epochs(run)[0], journal.runs()[0].results):
+        assert found.keys() == READ_BACK.keys()
+        for name, value in READ_BACK.items():
+            assert repr(found[name]) == repr(value), name  # repr tells nan, −0.0 and 3 from 3.0
+    with sqlite3.connect(journal.path) as other:
+        rows = other.execute("SELECT value FROM result WHERE name IN ('third', 'inf')").fetchall()
+    other.close()
+    assert sorted(rows) == [(1 / 3,), (math.inf,)]  # plain numbers to any reader of SQL
+    with pytest.raises(TypeError, match="A metric is a number or a list of numbers, not str"):
+        journal.finish_run(run, {"name": "x"})
+
+
+def test_epochs_come_in_order_and_only_from_the_owner(journal):
+    study = study_with_runs(journal, 2)
+    run = journal.claim_run(study).id
+    with pytest.raises(ValueError, match="the next of run 1 is 0, not 1"):
+        journal.record_epoch(run, 1, {})
+    journal.record_epoch(run, 0, {"a": 1})
+    with pytest.raises(ValueError, match="the next of run 1 is 1, not 0"):
+        journal.record_epoch(run, 0, {"a": 2})
+    assert journal.epochs(run) == {0: {"a": 1}}
+    with pytest.raises(UserError, match=r"Run 2 \(bn, seed 1\).* not this process's to write: it is pending"):
+        journal.record_epoch(2, 0, {})
+    with pytest.raises(ValueError, match="no run 9"):
+        journal.finish_run(9)
+    with sqlite3.connect(journal.path) as other:
+        other.execute("UPDATE run SET pid = 1 WHERE id = 1")
+    other.close()
+    for write in (
+        lambda: journal.record_epoch(1, 1, {}),
+        lambda: journal.finish_run(1),
+        lambda: journal.fail_run(1, "x"),
+        lambda: journal.interrupt_run(1),
+    ):
+        with pytest.raises(UserError, match="it is running in process 1 on") as error:
+            write()
+        one_sentence(error)
+    assert journal.runs()[0].status == "running"
+
+
+def test_several_runs_are_recorded_in_one_transaction(journal):
+    study = study_with_runs(journal, 2)
+    journal.claim_run(study)
+    journal.claim_run(study)
+    journal.record_epochs([(1, 0, {"a": 1}, {"s": 1}), (2, 0, {"a": 2}, {"s": 2})])
+    with pytest.raises(ValueError, match="the next of run 2 is 1, not 5"):
+        journal.record_epochs([(1, 1, {"a": 3}, {"s": 3}), (2, 5, {"a": 4}, {"s": 4})])
+    assert journal.epochs(1) == {0: {"a": 1}}
+    assert journal.checkpoint(1) == {"s": 1}
+    assert journal.checkpoint(2) == {"s": 2}
+
+
+def test_the_checkpoint_is_the_last_one_and_holds_no_code(journal):
+    study = study_with_runs(journal, 1)
+    run = journal.claim_run(study).id
+    assert journal.checkpoint(run) is None
+    net = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for epoch in range(2):
+        net(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "n": epoch}
+        journal.record_epoch(run, epoch, {}, state)
+    read = journal.checkpoint(run)
+    assert read["n"] == 1
+    assert torch.equal(read["net"]["weight"], net.weight)
+    assert torch.equal(read["optimizer"]["state"][0]["momentum_buffer"], optimizer.state[net.weight]["momentum_buffer"])
+    other = study_with_other_run(journal, study)
+    with pytest.raises(TypeError, match="A checkpoint holds tensors, numbers"):
+        journal.record_epoch(other, 0, {}, {"path": Path("/")})
+    assert journal.epochs(other) == {}
+
+
+def study_with_other_run(journal, study):
+    journal.add_run(study, "none", 7, {})
+    return journal.claim_run(study).id
+
+
+def test_a_damaged_checkpoint_is_said(journal):
+    study = study_with_runs(journal, 1)
+    run = journal.claim_run(study).id
+    journal.record_epoch(run, 0, {}, {"w": torch.ones(4)})
+    with sqlite3.connect(journal.path) as other:
+        other.execute("UPDATE checkpoint SET state = substr(state, 1, 100)")
+    other.close()
+    with pytest.raises(UserError, match=r"The checkpoint of run 1 .* is damaged") as error:
+        journal.checkpoint(run)
+    one_sentence(error)
+
+
+def test_epochs_after_the_last_checkpoint_are_trained_again(journal):
+    study = study_with_runs(journal, 2)
+    kept, bare = journal.claim_run(study).id, journal.claim_run(study).id
+    for epoch in range(5):
+        journal.record_epoch(kept, epoch, {"a": epoch}, {"epoch": epoch} if epoch == 2 else None)
+        journal.record_epoch(bare, epoch, {"a": epoch})
+    journal.interrupt_run(kept)
+    journal.interrupt_run(bare)
+    assert journal.claim_run(study, kept).epochs == 3
+    assert journal.checkpoint(kept) == {"epoch": 2}
+    assert list(journal.epochs(kept)) == [0, 1, 2]
+    assert journal.claim_run(study, bare).epochs == 0
+
+
+WRITER = """
+    import sys, time, torch
+    from normwright.lab.journal import Journal
+    journal = Journal(sys.argv[1])
+    run = journal.claim_run(1)
+    weights = torch.zeros(1000)
+    for epoch in range(run.epochs, 10**6):
+        weights += 1
+        journal.record_epoch(run.id, epoch, {"sum": weights.sum()}, {"weights": weights, "epoch": epoch})
+        if epoch == 5:
+            print("ready", flush=True)
+"""
+
+
+def test_kill_9_loses_at_most_the_epoch_under_way(path, journal):
+    study = study_with_runs(journal, 2)
+    process = child(WRITER, path)
+    assert [run.status for run in journal.runs()] == ["running", "pending"]
+    assert journal.claim_run(study, 1) is None  # its process lives
+    kill(process)
+    (found,) = journal.runs(status="running")
+    assert found.pid == process.pid
+    assert found.epochs >= 6
+    run = journal.claim_run(study)
+    assert run.id == 1
+    assert run.epochs == found.epochs
+    state = journal.checkpoint(1)
+    assert state["epoch"] == run.epochs - 1
+    assert torch.equal(state["weights"], torch.full((1000,), float(run.epochs)))
+    assert journal.epochs(1)[run.epochs - 1] == {"sum": 1000.0 * run.epochs}
+    journal.record_epoch(1, run.epochs, {"sum": 0})
+    assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_a_run_of_another_host_is_given_back_only_on_request(journal):
+    study = study_with_runs(journal, 2)
+    assert journal.claim_run(study).id == 1
+    assert journal.claim_run(study).id == 2
+    with sqlite3.connect(journal.path) as other:
+        other.execute("UPDATE run SET host = 'elsewhere', pid = 999999999 WHERE id = 1")
+    other.close()
+    assert journal.claim_run(study) is None
+    assert journal.release_runs(study) == 1
+    assert [run.status for run in journal.runs()] == ["interrupted", "running"]
+    assert journal.claim_run(study).id == 1
+
+
+def test_a_process_with_the_number_of_a_dead_one_does_not_keep_its_run(journal):
+    study = study_with_runs(journal, 1)
+    journal.claim_run(study)
+    with sqlite3.connect(journal.path) as other:
+        other.execute("UPDATE run SET pid_started = '1'")  # as if our number had belonged to an older process
+    other.close()
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("only /proc tells when a process started")
+    assert journal.claim_run(study).id == 1
+
+
+def claim_all(path, gate, results):
+    gate.wait()
+    claimed = []
+    with Journal(path) as journal:
+        if not journal.studies():
+            try:
+                journal.create_study("lenet", CONFIG, environment={})
+            except UserError:
+                assert journal.studies()
+        study = journal.open_study("lenet", CONFIG).id
+        for seed in range(40):
+            journal.add_run(study, "bn", seed, {})
+        while (run := journal.claim_run(study)) is not None:
+            claimed.append(run.id)
+            journal.record_epoch(run.id, 0, {"loss": run.seed}, {"w": torch.ones(100)})
+            journal.finish_run(run.id, {"acc": run.seed})
+    results.put(claimed)
+
+
+def test_processes_on_one_new_journal_never_get_the_same_run(path):
+    context = multiprocessing.get_context("spawn")
+    gate, results = context.Barrier(2), context.Queue()
+    workers = [context.Process(target=claim_all, args=(path, gate, results)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    claimed = [results.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert sorted(run for runs in claimed for run in runs) == list(range(1, 41))
+    with Journal(path, mode="read") as journal:
+        assert [run.results for run in journal.runs()] == [{"acc": seed} for seed in range(40)]
+
+
+def test_a_fork_must_open_its_own(journal, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(RuntimeError, match="must not be carried over a fork"):
+        journal.studies()
+
+
+def test_a_journal_held_too_long(path, journal):
+    study = study_with_runs(journal, 1)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with Journal(path, timeout=0.1) as waiting:
+        assert len(waiting.runs()) == 1  # readers do not wait
+        with pytest.raises(UserError, match=r"another process has held it for over 0.1 s; wait") as error:
+            waiting.claim_run(study)
+        one_sentence(error)
+        other.execute("ROLLBACK")
+        other.close()
+        assert waiting.claim_run(study).id == 1
+
+
+def test_a_full_disk_keeps_all_that_was_recorded(path, journal):
+    study = study_with_runs(journal, 1)
+    run = journal.claim_run(study).id
+    (pages,) = journal._db.execute("PRAGMA page_count").fetchone()
+    journal._db.execute(f"PRAGMA max_page_count = {pages + 20}")
+    journal.record_epoch(run, 0, {"a": 0}, {"w": torch.zeros(1000)})
+    with pytest.raises(UserError, match="the disk is full; free some space and resume") as error:
+        journal.record_epoch(run, 1, {"a": 1}, {"w": torch.zeros(100_000)})
+    one_sentence(error)
+    assert journal.epochs(run) == {0: {"a": 0}}
+    assert torch.equal(journal.checkpoint(run)["w"], torch.zeros(1000))
+    journal._db.execute("PRAGMA max_page_count = 1000000")
+    journal.record_epoch(run, 1, {"a": 1}, {"w": torch.zeros(100_000)})
+    assert list(journal.epochs(run)) == [0, 1]
+
+
+FULL = """
+    import resource, signal, sys, torch
+    from normwright.lab.errors import UserError
+    from normwright.lab.journal import Journal
+    journal = Journal(sys.argv[1])
+    run = journal.claim_run(1)
+    journal.record_epoch(run.id, 0, {"a": 0}, {"w": torch.zeros(1000)})
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    try:
+        journal.record_epoch(run.id, 1, {"a": 1}, {"w": torch.zeros(100_000)})
+    except UserError as error:
+        print("ready", flush=True)
+        print(error, flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of file size are POSIX's")
+def test_a_write_that_the_system_refuses(path, journal):
+    study_with_runs(journal, 1)
+    process = child(FULL, path)
+    text = process.stdout.read()
+    process.wait()
+    process.stdout.close()
+    assert text == f"The journal {path} cannot be used: the disk is full or failing (disk I/O error).\n"
+    assert journal.epochs(1) == {0: {"a": 0}}
+    assert journal.claim_run(1).epochs == 1
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def make_foreign(path):
+    with sqlite3.connect(path) as other:
+        other.execute("CREATE TABLE meta (key, value)")
+    other.close()
+
+
+def make_newer(path):
+    Journal(path).close()
+    with sqlite3.connect(path) as other:
+        other.execute("PRAGMA user_version = 7")
+    other.close()
+
+
+@pytest.mark.parametrize("mode", ["create", "write", "read"])
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: path.write_bytes(b"run,epoch\n" * 20), "is no journal: it is not an SQLite file"),
+        (lambda path: path.write_bytes(b"SQLite format 3\0"), "is no journal"),
+        (make_foreign, "is a database of another program"),
+        (make_newer, f"has schema version 7, this normwright reads {SCHEMA_VERSION}; use the normwright that wrote it"),
+        (lambda path: path.mkdir(), "cannot be opened"),
+    ],
+)
+def test_files_that_are_not_ours_are_left_as_they_are(tmp_path, mode, make, says):
+    path = tmp_path / "journal.sqlite"
+    make(path)
+    before = contents(tmp_path) if path.is_file() else None
+    with pytest.raises(UserError, match=says) as error:
+        Journal(path, mode=mode)
+    one_sentence(error)
+    if before is not None:
+        assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("mode", ["write", "read"])
+def test_a_missing_journal_is_not_made(tmp_path, mode):
+    with pytest.raises(UserError, match="There is no journal") as error:
+        Journal(tmp_path / "no" / "journal.sqlite", mode=mode)
+    one_sentence(error)
+    assert contents(tmp_path) == {}
+    (tmp_path / "empty").touch()
+    with pytest.raises(UserError, match="is no journal"):
+        Journal(tmp_path / "empty", mode=mode)
+
+
+def test_a_damaged_journal(path):
+    with Journal(path) as journal:
+        study = study_with_runs(journal, 50)
+        run = journal.claim_run(study).id
+        journal.record_epoch(run, 0, {}, {"w": torch.zeros(10_000)})
+    raw = bytearray(path.read_bytes())
+    raw[4096:20480] = b"\xa5" * 16384
+    path.write_bytes(raw)
+    for mode in ("create", "write", "read"):
+        with pytest.raises(UserError, match=r"it is damaged \(.*restore a copy") as error:
+            Journal(path, mode=mode)
+        one_sentence(error)
+    path.write_bytes(raw[:5000])
+    with pytest.raises(UserError, match="it is damaged"):
+        Journal(path)
+
+
+def test_reading_changes_nothing(path):
+    with Journal(path) as journal:
+        study = study_with_runs(journal, 1)
+    before = path.read_bytes()
+    with Journal(path, mode="read") as journal:
+        assert len(journal.runs()) == 1
+        with pytest.raises(UserError, match="it is read-only; make it writable") as error:
+            journal.claim_run(study)
+        one_sentence(error)
+    assert path.read_bytes() == before
+
+
+def test_reading_in_a_folder_that_may_not_be_written(path, monkeypatch):
+    with Journal(path) as journal:
+        study_with_runs(journal, 1)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with Journal(path, mode="read") as journal:
+        assert len(journal.runs()) == 1
+    assert contents(path.parent).keys() == {path.name}
+
+
+def test_reading_beside_a_writer(path, journal):
+    study = study_with_runs(journal, 1)
+    with Journal(path, mode="read") as reader:
+        run = journal.claim_run(study).id
+        journal.record_epoch(run, 0, {"a": 1})
+        assert reader.epochs(run) == {0: {"a": 1}}
+
+
+def test_csv(tmp_path, journal):
+    study = study_with_runs(journal, 2)
+    for seed in range(2):
+        run = journal.claim_run(study).id
+        journal.record_epoch(run, 0, {"loss": 1 / 3, "gamma": [1.5, math.nan]} if seed else {"loss": math.nan})
+        journal.finish_run(run, {"acc": 0.1 + 0.2, 'comma, quote"': -math.inf})
+    journal.export_csv(tmp_path / "new" / "runs.csv")
+    journal.export_csv(tmp_path / "epochs.csv", "epochs", study)
+    with open(tmp_path / "new" / "runs.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["study"], row["arm"], row["seed"], row["status"], row["epochs"]) for row in rows] == [
+        ("lenet", "bn", "0", "finished", "1"),
+        ("lenet", "bn", "1", "finished", "1"),
+    ]
+    assert float(rows[0]["acc"]) == 0.1 + 0.2
+    assert rows[0]["config.lr"] == "0.1"
+    assert rows[0]['comma, quote"'] == "-inf"
+    with open(tmp_path / "epochs.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["loss"] for row in rows] == ["nan", repr(1 / 3)]
+    assert [row["gamma"] for row in rows] == ["", '[1.5, "nan"]']
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written") as error:
+        journal.export_csv(tmp_path / "file" / "runs.csv")
+    one_sentence(error)
