@@ -2,6 +2,7 @@
 
 import copy
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from normwright.layers import norm as nwn
 from normwright.layers import twins
 from normwright.surgery import recalibrate
-from normwright.surgery import recalibrate as _  # noqa: F401
 from normwright.surgery.recalibrate import METHODS
 
 BOTH = pytest.mark.parametrize("method", METHODS)
@@ -44,7 +44,7 @@ def same(a, b, values=True):
     assert a[0].keys() == b[0].keys()
     for key, (identity, value) in a[0].items():
         assert b[0][key][0] == identity, key
-        if values or "running" not in key and "num_batches" not in key:
+        if values or ("running" not in key and "num_batches" not in key):
             assert torch.equal(b[0][key][1], value), key
     assert a[1:4] == b[1:4]
     assert torch.equal(a[4][0], b[4][0])
@@ -121,8 +121,6 @@ def test_memory_layouts(order):
 
 @pytest.mark.parametrize("piece", [1, 7, 64])
 def test_pieces_give_the_whole(monkeypatch, piece):
-    import sys
-
     monkeypatch.setattr(sys.modules["normwright.surgery.recalibrate"], "_PIECE", piece)
     x = torch.randn(5, 3, 11, 2)
     mask = torch.rand(5, 11, 2) > 0.3
@@ -314,7 +312,7 @@ def test_overflow_of_the_buffer_type_is_refused():
     layer.running_var.fill_(3.0)
     x = torch.randn(100, 2).half()
     x[:, 1] *= 1000  # variance 1e6, beyond float16
-    with pytest.raises(ValueError, match="running_var of '\\(the model\\)'.* 1 of 2 .*channel 1.*float16"):
+    with pytest.raises(ValueError, match=r"running_var of '\(the model\)'.* 1 of 2 .*channel 1.*float16"):
         recalibrate(layer, x)
     assert layer.running_var.tolist() == [3.0, 3.0]
 
@@ -529,7 +527,6 @@ def test_no_norm_reads_nothing():
 
     receipt = recalibrate(nn.Linear(3, 3), never(), method="one_pass")
     assert not receipt.edits
-    receipt.model.weight.add_(0) if False else None
 
 
 @pytest.mark.parametrize("wrap", ["compile", "DataParallel"])
@@ -621,7 +618,7 @@ def test_wrong_requests(method):
             recalibrate(model, images(), method=method, **options)
     with pytest.raises(ValueError, match="an input; run the model once first"):
         recalibrate(nn.Sequential(nn.LazyBatchNorm2d()), images(), method=method)
-    with pytest.raises(ValueError, match="more than one value|at least two values"):
+    with pytest.raises(ValueError, match=r"more than one value|at least two values"):
         recalibrate(nn.BatchNorm1d(3), [torch.randn(1, 3)], method=method)
 
 

@@ -178,7 +178,7 @@ class _Layer:
         # only this package's layers are known to take a mask third
         mask = args[2] if len(args) > 2 and hasattr(self.module, "spec") else kwargs.get("mask")
         if not isinstance(x, Tensor):
-            raise ValueError(f"The input of {shown(self.name)} was not found in its arguments; name it in `frozen=`.")
+            raise ValueError(f"The input of {shown(self.name)!r} was not found in its arguments; name it in `frozen=`.")
         if isinstance(self.module, _InstanceNorm) and x.dim() == self.module._get_no_batch_dim():
             x, mask = x.unsqueeze(0), None if mask is None else mask.unsqueeze(0)
         return x, mask
@@ -214,15 +214,15 @@ class _Layer:
                 continue
             if buffer.shape != value.shape:
                 raise ValueError(
-                    f"The statistics of {shown(self.name)} by {self.spec.pattern!r} have shape {tuple(value.shape)}, "
+                    f"The statistics of {shown(self.name)!r} by {self.spec.pattern!r} have shape {tuple(value.shape)}, "
                     f"its {key} {tuple(buffer.shape)}: this class keeps other statistics; name it in `frozen=`."
                 )
             bad = ~value.to(buffer.dtype).isfinite().flatten()
             if bad.any():
                 raise ValueError(
-                    f"The {key} of {shown(self.name)} over these batches is not finite in {int(bad.sum())} of "
+                    f"The {key} of {shown(self.name)!r} over these batches is not finite in {int(bad.sum())} of "
                     f"{bad.numel()} channels, first in channel {int(bad.nonzero()[0])}: its input holds inf or NaN, or "
-                    f"overflows {buffer.dtype}. Nothing was changed; find the batch or the layer before it, or pass `mask`."
+                    f"overflows {buffer.dtype}. Nothing was changed; look at the batches and the layers before."
                 )
             write(buffer, value)
         counter = getattr(self.module, "num_batches_tracked", None)
@@ -279,7 +279,7 @@ class _Population:
             mean = m2 = divisor = torch.zeros(())
         if not bool((divisor >= 1).all()):
             raise ValueError(
-                f"A variance needs at least two values, and {shown(name)} met fewer over these batches; "
+                f"A variance needs at least two values, and {shown(name)!r} met fewer over these batches; "
                 "pass more batches, or a mask that leaves some positions."
             )
         return mean.reshape(self.shape), (m2 / divisor).reshape(self.shape)
@@ -354,7 +354,7 @@ def _find(model: nn.Module, frozen: Collection[str]) -> tuple[list[_Layer], dict
         elif reason := _frozen(names, module, model, frozen):
             skipped[names[0]] = f"frozen: {reason}"
         elif any(is_lazy(buffer) for buffer in module.buffers(recurse=False)):
-            raise ValueError(f"{shown(names[0])} does not know its size before an input; run the model once first.")
+            raise ValueError(f"{shown(names[0])!r} does not know its size before an input; run the model once first.")
         else:
             layers.append(_Layer(names[0], names[1:], module, spec))
     return layers, skipped
@@ -429,7 +429,7 @@ def _one_pass(layers: list[_Layer], read: Callable[[], int]) -> dict[str, Any]:
         if x.numel() and layer.one_value(x):
             raise ValueError(
                 "In one pass each layer normalizes by its own batch statistics, which need more than one value; "
-                f'{shown(layer.name)} got {tuple(x.shape)}. Leave that batch out, or use method="layerwise".'
+                f'{shown(layer.name)!r} got {tuple(x.shape)}. Leave that batch out, or use method="layerwise".'
             )
         layer.add(x, mask)
 

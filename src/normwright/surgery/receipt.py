@@ -230,7 +230,7 @@ def output_difference(before: Any, after: Any) -> tuple[float, float]:
     for a, b in zip(*pairs, strict=True):
         wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
         a, b = a.detach().cpu().to(wide), b.detach().cpu().to(wide)
-        difference = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs()).nan_to_num(nan=math.inf)
+        difference = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs()).nan_to_num(math.inf, math.inf)
         if difference.numel():
             largest = max(largest, float(difference.max()))
             squares += float(difference.square().sum())
