@@ -429,7 +429,8 @@ def whitening_backward(dy: ArrayLike, cache: Cache) -> dict[str, Array]:
         ΔR_ij = K_ij ΔS_ij,   K_ij = (λ_i^(−1/2) − λ_j^(−1/2)) / (λ_i − λ_j) = −1 / (√λ_i √λ_j (√λ_i + √λ_j))
 
     whose last form also holds for equal eigenvalues: nothing is divided by a gap. K is symmetric, so the gradient
-    passes back by the same product. Then S = t tᵀ/m gives t the gradient 2 sym(∂L/∂S) t/m, and centring removes the mean.
+    passes back by the same product. Then S = t tᵀ/m gives t the gradient 2 sym(∂L/∂S) t/m, and centring removes its
+    mean.
     """
     t, root, U = cache.t, cache.root, cache.vectors
     g, grads = _affine_backward(dy, cache.h, cache.w)
