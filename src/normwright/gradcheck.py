@@ -169,9 +169,10 @@ def gradcheck(
                     _write(problem.tensors[name], ..., a + scale * rng.standard_normal(a.shape))
             y = problem.output()
             if not np.isfinite(y).all():
+                bad = np.count_nonzero(~np.isfinite(y))
                 raise ValueError(
-                    f"Differences need finite outputs; {np.count_nonzero(~np.isfinite(y))} of {y.size} are not, at point "
-                    f"{point}. Check the inputs, lower spread, or name tensors that must not move in constant=."
+                    f"Differences need finite outputs; at point {point}, {bad} of {y.size} are not. Check the inputs, "
+                    "lower spread, or name tensors that must not move in constant=."
                 )
             p = rng.standard_normal(y.shape)
             analytic = problem.gradient(p)
@@ -234,6 +235,11 @@ def _warnings(checks: dict[str, TensorCheck], h: float) -> Iterator[str]:
             yield (
                 f"The gradient of {check.name} is exactly zero at every coordinate checked, and agreement says little. "
                 "Is it used, or is every activation that it reaches dead?"
+            )
+        elif len(check.kinks) > check.checked / 2:
+            yield (
+                f"Most coordinates of {check.name} lie at a kink, where there is no gradient to compare: move the inputs "
+                "or take a smaller h."
             )
         elif check.unresolved > check.checked / 2:
             yield (
@@ -299,9 +305,8 @@ def _reference(pair: tuple, inputs: Any, constant: Sequence[str]) -> Iterator[_P
     _check_names(constant, arguments)
     tensors: dict[str, NDArray] = {}
     for name, value in arguments.items():
-        if name in constant or not isinstance(value, (np.ndarray, float)):
+        if name in constant or not isinstance(value, np.ndarray):
             continue
-        value = np.asarray(value)
         if value.dtype == np.bool_:
             continue
         if not np.issubdtype(value.dtype, np.floating):
