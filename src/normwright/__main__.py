@@ -1,0 +1,5 @@
+"""`python -m normwright` is the `normwright` command."""
+
+from .cli import main
+
+main()

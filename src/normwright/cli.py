@@ -1,0 +1,315 @@
+"""The command line: each command a thin call into the library, imported when it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from .lab.errors import UserError
+from .spec import PatternError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .catalog import Row
+
+__all__ = ["app", "main"]
+
+LAB_PACKAGES = {"jinja2", "markupsafe", "optuna", "PIL", "plotly", "scipy", "sklearn"}
+
+app = typer.Typer(
+    name="normwright",
+    help="Normalization in PyTorch networks: fast, correct and understood.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"normwright {version('normwright')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def study(
+    name: Annotated[str | None, typer.Argument(help="The study's name, such as lenet.", show_default=False)] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the studies and exit.")] = False,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits (scikit-learn's, no download), fashion-mnist, or a PATH: IDX files, CIFAR's python batches, "
+            "a folder or zip of class folders."
+        ),
+    ] = "digits",
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with fashion-mnist's files; without it, the cache or a download.", show_default=False
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(help="Runs of each arm, at least 1; seeds are 0, 1, …", show_default="3; 6 on digits"),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training images.", show_default="10; 30 on digits")
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Learning rate of every arm, per step.",
+            show_default="for sgd 1.0 with a norm and 0.9 without, else torch's default for the optimizer",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images in a step, at least 2.", show_default="256; 32 on digits")
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="sgd, adagrad, rmsprop, adadelta or adam, as torch has them.", show_default="sgd"),
+    ] = None,
+    norm: Annotated[
+        str | None,
+        typer.Option(
+            help="What is compared with the same network without a norm: one of bn, nn (torch's own batch norm), gn, "
+            "ln, in, or several with commas; none trains the network without a norm alone.",
+            show_default="bn",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the journal and the report.", show_default="runs/STUDY-DATA"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto (cuda if there is one), cpu, cuda, cuda:1, …")] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the study in --out, if there is one: same settings, same data.")
+    ] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="One epoch, one seed, 200 images: does it run at all?")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end and nothing else.")] = False,
+) -> None:
+    """Train the arms of a study over several seeds, record every epoch, and draw report.html."""
+    from rich.console import Console
+
+    from .lab import run
+
+    if list_:
+        _list_studies(Console())
+        return
+    if name is None:
+        raise UserError("Name a study, for example `normwright study lenet`; `normwright study --list` has them all.")
+    request = run.Request(
+        study=name,
+        data=data,
+        data_dir=data_dir,
+        norms=None if norm is None else [part.strip() for part in norm.split(",")],
+        overrides={"seeds": seeds, "epochs": epochs, "lr": lr, "batch_size": batch_size, "optimizer": optimizer},
+        out=out,
+        device=device,
+        resume=resume,
+        smoke=smoke,
+        command=_command(),
+        show="nothing" if quiet or json_ else "progress",
+    )
+    try:
+        outcome = run.run_study(request)
+    except run.Stopped as stopped:
+        again = _command() if resume else f"{_command()} --resume"
+        typer.echo(f"Stopped; every whole epoch is in {stopped.folder}. To go on: {again}", err=True)
+        raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        typer.echo("Stopped before training; nothing was recorded.", err=True)
+        raise typer.Exit(130) from None
+    if json_:
+        typer.echo(json.dumps(outcome.summary(), ensure_ascii=False))
+    elif not quiet:
+        run.print_outcome(outcome, Console())
+
+
+def _command() -> str:
+    return shlex.join(["normwright", *sys.argv[1:]])
+
+
+def _list_studies(console: Console) -> None:
+    from rich.table import Table
+
+    from .lab.study import find, names
+
+    table = Table()
+    for column in ("study", "question", "arms"):
+        table.add_column(column)
+    for name in names():
+        found, _ = find(name)
+        table.add_row(name, found.question, ", ".join(arm.name for arm in found.arms))
+    console.print(table)
+
+
+@app.command()
+def norms(
+    name: Annotated[
+        str | None, typer.Argument(help="A normalization, at length; part of a name will do.", show_default=False)
+    ] = None,
+) -> None:
+    """The table of normalizations; with a name, its axes drawn."""
+    from rich.console import Console
+
+    from .catalog import CATALOG, find
+
+    console = Console()
+    rows = list(CATALOG.values()) if name is None else find(name)
+    if not rows:
+        raise UserError(f"No normalization is called {name!r}; there are: {', '.join(CATALOG)}.")
+    if name is not None and len(rows) == 1:
+        _print_row(rows[0], console)
+    else:
+        _print_rows(rows, console)
+
+
+def _print_rows(rows: list[Row], console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_lines=True)
+    for column in ("name", "pattern", "parameters", "formula", "source"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        pattern = row.spec.pattern if row.spec else "outside the notation"
+        table.add_row(row.name, *(Text(text) for text in (pattern, row.parameters, row.formula, row.source)))
+    console.print(table)
+
+
+def _print_row(row: Row, console: Console) -> None:
+    from rich.text import Text
+
+    def say(text: str = "", style: str = "") -> None:
+        console.print(Text(text, style))
+
+    say(row.name, "bold")
+    if row.spec is not None:
+        say()
+        for line in picture(row):
+            say("  " + line)
+        say()
+    facts = {
+        "pattern": row.spec.pattern if row.spec else "outside the notation",
+        "formula": row.formula,
+        "parameters": row.parameters,
+        "layers": ", ".join(row.layers),
+        "source": row.source,
+        "note": row.note,
+    }
+    for key, value in facts.items():
+        if value:
+            say(f"{key:<11} {value}")
+
+
+def picture(row: Row) -> list[str]:
+    """The axes of a row of the catalog on an example: what is reduced, and which values share one mean.
+
+    The grid has the tensor's first dimension down and its second across; a cell stands for all further dimensions.
+    """
+    import numpy as np
+
+    shape, sizes = next((e for e in row.examples if len(e[0]) == 4), row.examples[0])
+    spec = row.make(**sizes)
+    layout = spec.layout(shape)
+
+    def marks(chosen: list[bool]) -> list[str]:
+        return ["●" if mark else "·" for mark in chosen]
+
+    table = {
+        "axis": list(layout.names),
+        "size": [str(size) for size in layout.split],
+        "mean over": marks([i in layout.reduced for i in range(len(layout.split))]),
+        "parameters": marks(_carried(layout.affine_view, layout.split)),
+    }
+    if spec.running:
+        table["running"] = marks(_carried(layout.running_view, layout.split))
+    lines = [f"a tensor of shape {shape}, split as {' × '.join(table['size'])}", ""]
+    lines += [f"{head:<11}" + "".join(f"{cell:>4}" for cell in cells) for head, cells in table.items()]
+    ids = np.arange(int(np.prod(layout.stat_shape))).reshape(layout.stat_shape)
+    ids = np.broadcast_to(ids, layout.split).reshape(shape)
+    share = (ids == ids.flat[0]).reshape(shape[0], shape[1], -1).mean(axis=-1)
+    first, second = _dimension_names(layout)
+    lines += ["", f"one mean (■ all of the cell, ◧ part of it), {first} down, {second} across:", ""]
+    lines += ["  " + " ".join("■" if s == 1 else "◧" if s else "·" for s in cells) for cells in share]
+    return lines
+
+
+def _carried(view: tuple[int, ...], split: tuple[int, ...]) -> list[bool]:
+    """Where a parameter that broadcasts as `view` has an entry of its own along the axis."""
+    return [v == size and size != 1 for v, size in zip(view, split, strict=True)]
+
+
+def _dimension_names(layout: Any) -> tuple[str, str]:
+    """The axes of the first two dimensions, as the pattern writes them."""
+    found, at = [], 0
+    for parts in layout.parts[:2]:
+        names = layout.names[at : at + parts]
+        found.append(names[0] if parts == 1 else f"({' '.join(names)})")
+        at += parts
+    return found[0], found[1]
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder that --out named.", metavar="RUNDIR")],
+) -> None:
+    """Draw report.html again from the journal in a folder."""
+    from .lab.report import draw
+
+    typer.echo(f"Report: {draw(folder)}")
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="The folder that --out named.", metavar="RUNDIR")],
+) -> None:
+    """List the runs in the journal of a folder."""
+    from rich.console import Console
+
+    from .lab.run import print_runs
+
+    print_runs(folder, Console())
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"normwright: {message}", err=True)
+    sys.exit(2)
+
+
+def main() -> None:
+    """The `normwright` command: what the user can mend is one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except (UserError, PatternError) as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in LAB_PACKAGES:
+            raise
+        _fail(f"This needs {error.name}, which is not installed: pip install 'normwright[lab]'.")
+    except BrokenPipeError:
+        # The reader has gone (`… | head`); the interpreter must not complain again when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
