@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .kernels.dispatch import Call, choose
@@ -61,6 +62,8 @@ def normalize(
             f"A residual is added element by element and has the input's shape {tuple(x.shape)}; "
             f"got {tuple(residual.shape)}. Expand or project it first."
         )
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"A mask is bool, True at valid positions; got {mask.dtype}. Compare first, as in mask != 0.")
     if not use_batch_stats and (running_var is None or (running_mean is None and spec.center)):
         raise ValueError(
             "Without batch statistics the running mean and variance are needed and one is missing; "

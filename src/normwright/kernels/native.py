@@ -39,19 +39,20 @@ def torch_operator(spec: NormSpec) -> str | None:
 @cache
 def _torch_operator(spec: NormSpec) -> str | None:
     dims = spec.parsed.dims
-    affine = [axis.name for axis in spec.parsed_affine.axes]
+    # torch takes parameters stored as the dimensions they broadcast on, which "k c" on a dimension (k c) is not
+    affine = [[axis.name for axis in dim] for dim in spec.parsed_affine.dims]
+    running = [[axis.name for axis in dim] for dim in spec.parsed_running.dims]
     reduced = [all(axis.reduced for axis in dim) for dim in dims]
     kept = [not any(axis.reduced for axis in dim) for dim in dims]
     first = reduced.index(True) if any(reduced) else len(dims)
-    trailing = [axis.name for dim in dims[first:] for axis in dim]
+    trailing = [[axis.name for axis in dim] for dim in dims[first:]]
     if first > 0 and all(reduced[first:]) and all(kept[:first]) and affine == trailing and not dims[-1][0].many:
         return "layer_norm" if spec.center else "rms_norm"
     if not spec.center or len(dims) != 3 or not (dims[2][0].many and reduced[2]) or dims[0][0].many:
         return None
-    channel = [axis.name for axis in dims[1]]
+    channel = [[axis.name for axis in dims[1]]]
     if affine != channel or len(dims[0]) > 1:
         return None
-    running = [axis.name for axis in spec.parsed_running.axes]
     if kept[1] and running in ([], channel):
         return "batch_norm" if reduced[0] else "instance_norm"
     if kept[0] and not running and [axis.reduced for axis in dims[1]] == [False, True]:
@@ -74,6 +75,8 @@ def normalize(
     mask: Tensor | None,
 ) -> Tensor:
     """`act(norm(x) · weight + bias + residual)` by torch operators; arguments as in `functional.normalize`."""
+    # asked for on every path, because it is what refuses a shape that does not fit the pattern
+    layout = spec.layout_uncached(x.shape) if torch.compiler.is_compiling() else spec.layout(x.shape)
     operator = torch_operator(spec) if mask is None and x.numel() else None
     if operator == "batch_norm":
         y = torch.batch_norm(
@@ -91,10 +94,11 @@ def normalize(
         y = torch.rms_norm(x, _trailing(spec, x), weight, eps)
     else:
         return _formula(
-            x, spec, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, act, residual, mask
-        )
+            x, spec.center, layout, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, act,
+            residual, mask,
+        )  # fmt: skip
     if residual is not None:
-        y = y + residual
+        y = (y + residual).to(y.dtype)
     return activate(y, act)
 
 
@@ -121,7 +125,8 @@ def _trailing(spec: NormSpec, x: Tensor) -> list[int]:
 
 def _formula(
     x: Tensor,
-    spec: NormSpec,
+    center: bool,
+    layout: Layout,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
@@ -133,7 +138,6 @@ def _formula(
     residual: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
-    layout = spec.layout_uncached(x.shape) if torch.compiler.is_compiling() else spec.layout(x.shape)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     t = x.reshape(layout.split).to(compute)
     valid = None
@@ -143,12 +147,12 @@ def _formula(
     if not use_batch_stats:
         assert running_var is not None
         var = running_var.reshape(layout.running_view).to(compute)
-        if spec.center:
+        if center:
             assert running_mean is not None
             t = t - running_mean.reshape(layout.running_view).to(compute)
         t = t * torch.rsqrt(var + eps)
     elif x.numel():
-        mean, var, count = _statistics(t, layout, valid, spec.center)
+        mean, var, count = _statistics(t, layout, valid, center)
         if running_var is not None:
             with torch.no_grad():
                 _update(layout, running_mean, running_var, mean, var, count, new_weight)
@@ -160,11 +164,14 @@ def _formula(
     if bias is not None:
         t = t + bias.reshape(layout.affine_view).to(compute)
     y = t.reshape(x.shape)
+    if valid is not None:
+        valid = valid.expand(layout.split).reshape(x.shape)
     if residual is not None:
-        y = y + residual
+        # padding leaves before the activation too: its derivative at NaN is NaN, even times a gradient of 0
+        y = y + (residual if valid is None else torch.where(valid, residual, 0.0))
     y = activate(y, act)
     if valid is not None:
-        y = torch.where(valid.expand(layout.split).reshape(x.shape), y, 0.0)
+        y = torch.where(valid, y, 0.0)
     return y.to(x.dtype)
 
 
@@ -200,7 +207,7 @@ def _update(
     """Move the running statistics by `new_weight` towards the batch's, averaged over the kept axes they lack."""
     if isinstance(count, Tensor):
         some = count > 0
-        unbiased = var * (count / (count - 1).clamp(min=1))
+        unbiased = var * (count.to(var.dtype) / (count - 1).clamp(min=1))
     else:
         some = None
         unbiased = var * (count / max(count - 1, 1))
