@@ -432,7 +432,8 @@ def test_a_write_that_the_system_refuses(path, journal):
     text = process.stdout.read()
     process.wait()
     process.stdout.close()
-    assert text == f"The journal {path} cannot be used: the disk is full or failing (disk I/O error).\n"
+    says = "SQLite says: disk I/O error; check the disk, its quota and the rights there."
+    assert text == f"The journal {path} cannot be used: {says}\n"
     assert journal.epochs(1) == {0: {"a": 0}}
     assert journal.claim_run(1).epochs == 1
 

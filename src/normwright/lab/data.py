@@ -626,9 +626,9 @@ def _read_class_folders(
     top = PurePosixPath()
     splits: tuple[PurePosixPath, ...] = ()
     while not splits:
-        inside = {file.relative_to(top).parts[0] for file in files if len(file.relative_to(top).parts) > 1}
-        inside |= {folder.relative_to(top).parts[0] for folder in folders if folder != top and top in folder.parents}
-        deeper = [file for file in files if top in file.parents and len(file.relative_to(top).parts) > 2]
+        below = [file.relative_to(top).parts for file in files if top in file.parents]
+        inside = {parts[0] for parts in below if len(parts) > 1}
+        inside |= {folder.relative_to(top).parts[0] for folder in folders if top in folder.parents}
         if "train" in inside or "test" in inside:
             if inside != {"train", "test"}:
                 raise UserError(
@@ -636,7 +636,7 @@ def _read_class_folders(
                     "the folders train and test."
                 )
             splits = (top / "train", top / "test")
-        elif len(inside) == 1 and deeper:
+        elif len(inside) == 1 and any(len(parts) > 2 for parts in below):
             top = top / inside.pop()
         else:
             splits = (top,)

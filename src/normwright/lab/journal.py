@@ -356,7 +356,7 @@ class Journal:
             elif "malformed" in text or "not a database" in text or "no such" in text:
                 advice = f"it is damaged ({text}); restore a copy, or choose another folder and start again"
             else:
-                advice = f"SQLite says: {text}; check the disk and the rights of its folder"
+                advice = f"SQLite says: {text}; check the disk, its quota and the rights there"
             raise UserError(f"The journal {self.path} cannot be used: {advice}.") from error
 
     @contextmanager
