@@ -238,8 +238,8 @@ def _warnings(checks: dict[str, TensorCheck], h: float) -> Iterator[str]:
             )
         elif len(check.kinks) > check.checked / 2:
             yield (
-                f"Most coordinates of {check.name} lie at a kink, where there is no gradient to compare: move the inputs "
-                "or take a smaller h."
+                f"Most coordinates of {check.name} lie at a kink, where there is no gradient to compare: move the "
+                "inputs or take a smaller h."
             )
         elif check.unresolved > check.checked / 2:
             yield (
