@@ -110,7 +110,7 @@ class _Problem:
         # outputs are subtracted before they are summed, and the step is the one taken after rounding
         first = float(p @ (up - down)) / ((x + h) - (x - h))
         second = float(p @ ((up - y) + (down - y))) / h
-        noise = _ROUNDINGS * np.finfo(np.float64).eps * float(np.linalg.norm((p * y)[up != down])) / h
+        noise = float(_ROUNDINGS * np.finfo(np.float64).eps * np.linalg.norm((p * y)[up != down]) / h)
         return first, second, noise
 
 
@@ -158,7 +158,8 @@ def gradcheck(
     for name, value in (("points", points), ("h", h), ("tolerance", tolerance), ("max_coordinates", max_coordinates)):
         if not value > 0:
             raise ValueError(f"{name} is positive; got {value}.")
-    rng = np.random.default_rng(seed)
+    # not default_rng(seed): inputs drawn from that would repeat as the projection, and its gradient is nearly zero
+    rng = np.random.default_rng([seed, 1])
     with _reference(f, inputs, constant) if isinstance(f, tuple) else _torch(f, inputs, constant, seed) as problem:
         start = {name: _numpy(t).copy() for name, t in problem.tensors.items()}
         checks = {name: TensorCheck(name, a.shape) for name, a in start.items()}
@@ -357,11 +358,16 @@ def _torch(f: Any, inputs: Any, constant: Sequence[str], seed: int) -> Iterator[
     if not any(t.numel() for t in tensors.values()):
         raise _nothing()
 
+    devices = sorted({t.get_device() for t in tensors.values() if t.is_cuda})
+    # these and not torch.manual_seed, which formats a stack trace for CUDA at each call: milliseconds
+    generators = [torch.default_generator, *(torch.cuda.default_generators[d] for d in devices)]
+
     def call() -> torch.Tensor:
         """All floating outputs in one flat tensor."""
         for buffer, before in buffers:
             buffer.copy_(before)
-        torch.manual_seed(seed)
+        for generator in generators:
+            generator.manual_seed(seed)
         # clones, so that an operation in place does not write to a leaf
         values = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
         y = f(*values.values()) if positional else f(**values)
@@ -391,7 +397,6 @@ def _torch(f: Any, inputs: Any, constant: Sequence[str], seed: int) -> Iterator[
             for (name, t), g in zip(tensors.items(), grads, strict=True)
         }
 
-    devices = sorted({t.get_device() for t in tensors.values() if t.is_cuda})
     with torch.random.fork_rng(devices):
         yield _Problem(tensors, output, gradient)
 
