@@ -631,8 +631,9 @@ def test_limit_spreads_over_the_classes():
     whole, found = load("digits"), load("digits", limit=25)
     assert (len(found.x_train), len(found.x_test)) == (25, 25)
     assert set(found.y_train.bincount().tolist()) == {2, 3}
-    at = [int(i) for i in range(len(whole.y_train)) if (whole.x_train[i] == found.x_train).flatten(1).all(1).any()]
-    assert torch.equal(whole.y_train[at], found.y_train)  # in their old order, each with its label
+    at = [(whole.x_train == image).flatten(1).all(1).nonzero()[0].item() for image in found.x_train]
+    assert at == sorted(at)  # in their old order, each with its label
+    assert torch.equal(whole.y_train[at], found.y_train)
     assert len(load("digits", limit=10**6).x_train) == 1435
     assert "at most 25 images" in found.source
     refused("digits", "A limit of 9 images leaves some of the 10 classes empty", limit=9)

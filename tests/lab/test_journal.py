@@ -1,6 +1,7 @@
 """The journal: what is written is there after kill -9, belongs to one process, and every fault is one sentence."""
 
 import csv
+import io
 import json
 import math
 import multiprocessing
@@ -266,6 +267,28 @@ def test_a_damaged_checkpoint_is_said(journal):
     one_sentence(error)
 
 
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path, journal):
+    study = study_with_runs(journal, 1)
+    run = journal.claim_run(study).id
+    journal.record_epoch(run, 0, {}, {"w": torch.ones(4)})
+    buffer = io.BytesIO()
+    torch.save(Payload(tmp_path / "touched"), buffer)
+    with sqlite3.connect(journal.path) as other:
+        other.execute("UPDATE checkpoint SET state = ?", (buffer.getvalue(),))
+    other.close()
+    with pytest.raises(UserError, match="is damaged"):
+        journal.checkpoint(run)
+    assert not (tmp_path / "touched").exists()
+
+
 def test_epochs_after_the_last_checkpoint_are_trained_again(journal):
     study = study_with_runs(journal, 2)
     kept, bare = journal.claim_run(study).id, journal.claim_run(study).id
@@ -357,6 +380,7 @@ def claim_all(path, gate, results):
     results.put(claimed)
 
 
+@pytest.mark.slow
 def test_processes_on_one_new_journal_never_get_the_same_run(path):
     context = multiprocessing.get_context("spawn")
     gate, results = context.Barrier(2), context.Queue()

@@ -32,7 +32,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.text import Text
 
 from .errors import UserError
 from .files import atomic_write
@@ -252,7 +263,7 @@ def _download(name: str, bases: Iterable[str], md5: str, target: Path, progress:
     """Fetch `name` from the first of `bases` that gives it with the right MD5; the file appears whole or not at all."""
     reasons = []
     for base in bases:
-        with _bar(progress, f"downloading {name}", DownloadColumn()) as bar:
+        with _bar(progress, f"downloading {name}", DownloadColumn(), TransferSpeedColumn()) as bar:
             try:
                 atomic_write(target, _fetch(base + name, md5, bar))
             except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSError
@@ -275,6 +286,11 @@ def _fetch(url: str, md5: str, bar: Progress) -> Iterator[bytes]:
             yield chunk
     if digest.hexdigest() != md5:
         raise OSError(f"MD5 {digest.hexdigest()} where {md5} is published")
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:.0f}/s")
 
 
 @contextmanager
@@ -720,7 +736,7 @@ def _decode(
     workers = 1 if size[0] * size[1] < 96 * 96 else min(8, os.cpu_count() or 1)
     with (
         ThreadPoolExecutor(workers) if workers > 1 else nullcontext() as pool,
-        _bar(progress, f"decoding {path.name}", MofNCompleteColumn(), total=len(names)) as bar,
+        _bar(progress, f"decoding {path.name}", MofNCompleteColumn(), _RateColumn(), total=len(names)) as bar,
     ):
         decoded = []
         try:
