@@ -127,12 +127,12 @@ def test_pieces_give_the_whole(monkeypatch, piece):
     batch, masked, instance = nn.BatchNorm2d(3), twins.BatchNorm2d(3), nn.InstanceNorm2d(3, track_running_stats=True)
     recalibrate(batch, [x])
     recalibrate(masked, [x], forward=lambda m, b: m(b, mask=mask))
-    recalibrate(instance, [x, x.transpose(0, 1).contiguous().view(5, 3, 11, 2)[:2]])
+    many = torch.randn(17, 3, 4, 2) + torch.randn(17, 3, 1, 1)  # cut along the samples, x along the places
+    recalibrate(instance, [x, many])
     check(batch, *truth(x, (0, 2, 3)))
-    valid = x.permute(0, 2, 3, 1)[mask]
-    check(masked, *truth(valid, 0))
-    both = np.concatenate([x.numpy(), x.transpose(0, 1).contiguous().view(5, 3, 11, 2)[:2].numpy()])
-    check(instance, both.mean((0, 2, 3), dtype=np.float64), truth(both, (2, 3))[1].mean(0))
+    check(masked, *truth(x.permute(0, 2, 3, 1)[mask], 0))
+    stats = [np.concatenate([truth(part, (2, 3))[i] for part in (x, many)]).mean(0) for i in (0, 1)]
+    check(instance, *stats)
 
 
 def test_a_large_mean_keeps_its_variance():
@@ -211,6 +211,27 @@ def test_layerwise_normalizes_the_evaluated_network():
             mean, var = truth(x, 0)
             np.testing.assert_allclose(mean, 0, atol=1e-5)
             np.testing.assert_allclose(var, 1, rtol=1e-3)  # eps
+
+
+def test_layerwise_does_not_depend_on_the_batches():
+    # sorted data: in one pass the first layer removes what tells the batches apart, and the second never sees it
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    x = torch.cat([torch.randn(50, 3) * 0.1 + 5, torch.randn(50, 3) * 0.1 - 5])
+    shuffled = x[torch.randperm(100)]
+    found = {}
+    for name, data, method in (
+        ("sorted", x, "layerwise"),
+        ("shuffled", shuffled, "layerwise"),
+        ("one pass", x, "one_pass"),
+    ):
+        recalibrate(model, data, batch_size=50, method=method)
+        found[name] = model[2].running_var.clone()
+    mean, var = truth(x, 0)
+    second = (x.double() - torch.tensor(mean)) / torch.tensor(var + 1e-5).sqrt() @ model[1].weight.double().T
+    np.testing.assert_allclose(found["sorted"].numpy(), truth(second.detach(), 0)[1], rtol=1e-5)
+    torch.testing.assert_close(found["sorted"], found["shuffled"], rtol=1e-5, atol=0)
+    assert not torch.allclose(found["one pass"], found["sorted"], rtol=0.1)
 
 
 @BOTH

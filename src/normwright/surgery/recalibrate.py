@@ -71,13 +71,13 @@ def recalibrate(
     The layer's input depends on the layers before it, hence two methods:
 
     - `"layerwise"` (default): each layer's statistics are taken with all earlier ones already in place and in use.
-      They are exactly those of the network that evaluation runs: after it, every recalibrated layer's normalized
-      output has mean 0 and variance 1 over the data. One pass over the data for each layer, in order of execution;
-      `limit` bounds the cost. A layer that is called again later in the same forward normalizes by its own batch
-      statistics during its pass, since its final ones are not known yet.
-    - `"one_pass"`: all layers in one pass, each normalizing by its own batch statistics meanwhile, as torch's
-      `update_bn` and as in training. Cheap; approximate from the second layer on, by about the batch noise: good at
-      batches of hundreds, wrong for small batches.
+      They are exactly those of the network that evaluation runs: afterwards every recalibrated batch norm's output has
+      mean 0 and variance 1 over the data, before weight and bias, however the data are ordered or cut into batches.
+      One full pass over the data for each layer, in order of execution; `limit` bounds the cost. A layer that one
+      forward calls again normalizes by its own batch statistics during its pass, as its final ones are not known yet.
+    - `"one_pass"`: all layers in one pass, each normalizing by its own batch statistics meanwhile, as in training and
+      in torch's `update_bn`. From the second layer on this is approximate: nearly right for shuffled batches, as far
+      off as the batches differ from one another otherwise. The choice for deep networks on much data.
 
     The rest of the model is in evaluation mode (dropout off). Buffers are written at the end, in place and in their
     own type; if anything raises before, the model is as it was. Modes, hooks and random states come back, the
