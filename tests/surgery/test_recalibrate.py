@@ -626,6 +626,21 @@ def test_passes_of_different_length_are_refused():
     same(before, bits(model))
 
 
+def test_a_layer_that_is_not_met_again_is_skipped():
+    class Once(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.calls = nn.BatchNorm1d(3), nn.BatchNorm1d(3), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.second(self.first(x)) if self.calls == 1 else self.first(x)
+
+    receipt = recalibrate(Once(), [torch.randn(8, 3)])
+    assert list(receipt.edits) == ["first"]
+    assert receipt.skipped.keys() == {"second"}
+
+
 @BOTH
 def test_wrong_requests(method):
     model = net()
