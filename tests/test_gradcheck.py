@@ -139,6 +139,16 @@ def test_a_kink_outside_h_is_none():
     assert not report.errors["input0"].kinks
 
 
+def test_curvature_is_no_kink():
+    """A small error hides within the second difference, which smooth functions have too: but theirs shrinks with h."""
+
+    def backward(dy, x):
+        return {"dx": dy * 2e3 * x * (1 + 1e-5)}
+
+    report = gradcheck((lambda x: (1e3 * x**2, x), backward), np.array([0.1, 0.2]), points=1)
+    assert report.errors["x"].failed == 2
+
+
 def test_a_wrong_gradient_away_from_kinks_is_no_kink():
     def forward(x):
         return np.maximum(x, 0), x
@@ -229,7 +239,19 @@ def test_buffers_are_put_back_between_evaluations():
     module = Drifting()
     report = gradcheck(module, torch.randn(3))
     assert report.ok, str(report)
+    assert not report.errors["x"].kinks
     assert module.calls == 0
+
+
+def test_a_function_that_drifts_is_refused():
+    calls = []
+
+    def f(x):
+        calls.append(x)
+        return x * len(calls)
+
+    with pytest.raises(ValueError, match=r"same output for the same input; two calls differ by 1.0e\+00 at point 0"):
+        gradcheck(f, torch.ones(3))
 
 
 def test_random_state_is_restored_after_an_error():

@@ -153,7 +153,7 @@ def gradcheck(
     the original, its running statistics and torch's random state stay as they are.
 
     Errors: `TypeError` for an input that is not floating, `ValueError` for nothing to differentiate, an output that is
-    not finite or a gradient of another shape.
+    not finite or not the same twice, or a gradient of another shape.
     """
     for name, value in (("points", points), ("h", h), ("tolerance", tolerance), ("max_coordinates", max_coordinates)):
         if not value > 0:
@@ -174,6 +174,12 @@ def gradcheck(
                 raise ValueError(
                     f"Differences need finite outputs; at point {point}, {bad} of {y.size} are not. Check the inputs, "
                     "lower spread, or name tensors that must not move in constant=."
+                )
+            drift = np.abs(problem.output() - y).max(initial=0.0)
+            if drift > 1e-9 * np.abs(y).max(initial=0.0):
+                raise ValueError(
+                    f"Differences need the same output for the same input; two calls differ by {drift:.1e} at point "
+                    f"{point}. Keep state in buffers, draw randomness from torch's default generator, or use eval()."
                 )
             p = rng.standard_normal(y.shape)
             analytic = problem.gradient(p)

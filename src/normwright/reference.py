@@ -55,7 +55,7 @@ class Cache:
     """What `forward` leaves for `backward`. Arrays have the shape `layout.split`, or broadcast on it."""
 
     layout: Layout
-    h: Array  # the normalized input, 0 in padding
+    h: Array  # the normalized input
     r: Array  # 1 / sqrt(var + eps)
     mean: Array  # of the batch, or the running mean at evaluation
     var: Array
@@ -133,7 +133,7 @@ def forward(
         var = np.asarray(running_var, np.float64).reshape(layout.running_view)
 
     r = 1.0 / np.sqrt(var + eps)
-    h = np.where(valid, t - mean, 0.0) * r
+    h = (t - mean) * r
     z = h
     w = None if weight is None else np.asarray(weight, np.float64).reshape(layout.affine_view)
     if w is not None:
@@ -185,7 +185,7 @@ def backward(dy: ArrayLike, cache: Cache) -> dict[str, Array]:
 
 
 def _optional(a: ArrayLike | None) -> Array | None:
-    return None if a is None else np.array(a, np.float64)
+    return None if a is None else np.asarray(a, np.float64)
 
 
 def _moved(running: Array | None, batch: Array, m: NDArray, layout: Layout, new_weight: float) -> Array | None:
