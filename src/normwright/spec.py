@@ -296,7 +296,7 @@ def _expand(spec: NormSpec, shape: tuple[int, ...]) -> list[list[tuple[str, Axis
             result.append([(name or axis.name, axis, size)])
             continue
         unknown = [axis for axis in dim if axis.name not in sizes]
-        known = math.prod(sizes.get(axis.name, 1) for axis in dim)
+        known = math.prod([sizes.get(axis.name, 1) for axis in dim])
         if len(unknown) > 1:
             listed = ", ".join(axis.name for axis in unknown)
             raise PatternError(
@@ -320,7 +320,7 @@ def _stored(listed: Pattern, groups: dict[str, list[tuple[str, int]]]) -> tuple[
         if dim[0].many:
             shape += [size for _, size in groups[dim[0].name]]
         else:
-            shape.append(math.prod(groups[axis.name][0][1] for axis in dim))
+            shape.append(math.prod([groups[axis.name][0][1] for axis in dim]))
     return tuple(shape)
 
 
@@ -346,7 +346,7 @@ def _layout(spec: NormSpec, shape: tuple[int, ...]) -> Layout:
         split=split,
         reduced=reduced,
         kept=kept,
-        count=math.prod(split[i] for i in reduced),
+        count=math.prod([split[i] for i in reduced]),  # lists: torch.compile traces no generators into math.prod
         stat_shape=tuple(1 if i in reduced else size for i, size in enumerate(split)),
         affine_shape=_stored(affine, groups),
         affine_view=view(affine_axes),

@@ -7,6 +7,7 @@ is added: `act=`, an activation applied in the same pass, and `forward(x, residu
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from typing import Any
 
@@ -62,6 +63,10 @@ class _Twin(nn.Module):
         if torch_class is None or torch_class is nn.Module or "_torch" in cls.__dict__:
             return
         cls._torch = torch_class
+        if cls.__module__ != __name__:  # a subclass elsewhere has its own signature if it has its own __init__
+            if "__init__" in cls.__dict__:
+                cls.__signature__ = None  # type: ignore[attr-defined]
+            return
         signature = inspect.signature(torch_class.__init__)
         act = inspect.Parameter("act", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None")
         parameters = [p for p in signature.parameters.values() if p.name not in ("self", "args", "kwargs")]
@@ -102,6 +107,11 @@ class _BatchNorm(_Twin):
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {x.size()}: the variance of one "
                 "value is 0. Use a larger batch, drop a last batch of one, or evaluate with running statistics."
+            )
+        if self.eps < 0 or (use_batch_stats and self.eps == 0):
+            raise ValueError(
+                f"batch_norm eps must be positive during training, and non-negative otherwise; got {self.eps}. It "
+                "keeps the division finite where the variance is 0: use 1e-5."
             )
         return normalize(
             x,
@@ -178,7 +188,7 @@ class _InstanceNorm(_Twin):
             residual = None if residual is None else residual.unsqueeze(0)
             mask = None if mask is None else mask.unsqueeze(0)
         use_batch_stats = self.training or not self.track_running_stats
-        if use_batch_stats and x.size(0) and x.numel() == x.size(0) * x.size(1):
+        if use_batch_stats and math.prod(x.shape[2:]) == 1:
             raise ValueError(
                 f"Expected more than 1 spatial element when training, got input size {x.size()}: each instance's "
                 "variance would be 0. Use a larger image, or a norm with more values per statistic."
