@@ -234,9 +234,11 @@ def test_split_batch_norm_keeps_statistics_for_each_part():
     for k, part in enumerate((X[:2], X[2:])):
         np.testing.assert_allclose(cache.running_mean[k], part.mean((0, 2, 3)))
         np.testing.assert_allclose(cache.running_var[k], part.var((0, 2, 3), ddof=1))
-    y, _ = outside.split_batch_norm_forward(
+    y, evaluated = outside.split_batch_norm_forward(
         X, splits=2, running_mean=cache.running_mean, running_var=cache.running_var, split=1, use_batch_stats=False
     )  # fmt: skip
+    np.testing.assert_array_equal(evaluated.running_mean, cache.running_mean)
+    np.testing.assert_array_equal(evaluated.running_var, cache.running_var)
     module = nn.BatchNorm2d(6).eval()
     module.running_mean.copy_(torch.tensor(cache.running_mean[1]))
     module.running_var.copy_(torch.tensor(cache.running_var[1]))

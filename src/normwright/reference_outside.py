@@ -140,19 +140,19 @@ def split_batch_norm_forward(
 ) -> tuple[Array, Cache]:
     """A batch norm for each of `splits` equal parts of the batch; running statistics (splits, c), parameters (c).
 
-    At evaluation the whole batch takes the running statistics of part `split`. The gradients are those of the notation:
-    pass the inner cache to `split_batch_norm_backward`.
+    At evaluation the whole batch takes the running statistics of part `split`.
     """
     if use_batch_stats:
         spec = NormSpec("(n [b]) c [s...]", affine="c", running="n c", sizes={"n": splits})
-    else:
-        spec = _BATCH
-        running_mean, running_var = np.asarray(running_mean)[split], np.asarray(running_var)[split]
+        y, inner = forward(
+            x, spec, weight, bias, eps=eps, running_mean=running_mean, running_var=running_var, new_weight=new_weight
+        )  # fmt: skip
+        return y, Cache(inner=inner, running_mean=inner.running_mean, running_var=inner.running_var)
     y, inner = forward(
-        x, spec, weight, bias, eps=eps, running_mean=running_mean, running_var=running_var,
-        new_weight=new_weight, use_batch_stats=use_batch_stats,
+        x, _BATCH, weight, bias, eps=eps, use_batch_stats=False,
+        running_mean=np.asarray(running_mean)[split], running_var=np.asarray(running_var)[split],
     )  # fmt: skip
-    return y, Cache(inner=inner, running_mean=inner.running_mean, running_var=inner.running_var)
+    return y, Cache(inner=inner, running_mean=running_mean, running_var=running_var)
 
 
 def split_batch_norm_backward(dy: ArrayLike, cache: Cache) -> dict[str, Array]:
