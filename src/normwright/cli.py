@@ -62,17 +62,13 @@ def study(
     ] = "digits",
     data_dir: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder with fashion-mnist's files; without it, the cache or a download.", show_default=False
-        ),
+        typer.Option(help="Folder with fashion-mnist's files; else the cache or a download.", show_default=False),
     ] = None,
     seeds: Annotated[
         int | None,
         typer.Option(help="Runs of each arm, at least 1; seeds are 0, 1, …", show_default="3; 6 on digits"),
     ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Passes over the training images.", show_default="10; 30 on digits")
-    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.", show_default="10")] = None,
     lr: Annotated[
         float | None,
         typer.Option(

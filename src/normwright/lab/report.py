@@ -127,74 +127,96 @@ def _symbol(page: Page, arm: str) -> str:
     return SYMBOLS[list(page.labels).index(arm) % len(SYMBOLS)]
 
 
-def points(value: float, sign: bool = True) -> str:
-    """A difference of accuracies in percentage points, with a true minus."""
-    return f"{100 * value:+.1f}".replace("-", "−") if sign else f"{100 * value:.1f}".replace("-", "−")
+def points(value: float) -> str:
+    """A difference of accuracies in percentage points, signed, with a true minus; 0.0 has no sign."""
+    text = f"{100 * value:+.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", "−")
 
 
 def _finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
+def _dots(
+    traces: list[dict[str, Any]],
+    at: int,
+    values: Mapping[int, float],
+    found: tuple[Any, Any],
+    colour: str,
+    symbol: str,
+    form: str,
+) -> None:
+    """Add one row of a dot plot at height −at: a dot a seed, spread so that none hides another, mean and interval.
+
+    `found` is the mean and its interval, each None if there is none; `form` is d3's format of the values.
+    """
+    n = len(values)
+    traces.append(
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "x": list(values.values()),
+            "y": [-at + (0.32 * ((7 * i) % n) / (n - 1) - 0.16 if n > 1 else 0) for i in range(n)],
+            "text": [f"seed {seed}" for seed in values],
+            "hovertemplate": f"%{{text}}: %{{x:{form}}}<extra></extra>",
+            "marker": {"color": colour, "size": 9, "opacity": 0.5, "symbol": symbol},
+        }
+    )
+    middle, interval = found
+    if middle is None:
+        return
+    mark: dict[str, Any] = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [middle],
+        "y": [-at],
+        "hovertemplate": f"mean of {n}: %{{x:{form}}}<extra></extra>",
+        "marker": {"color": colour, "size": 22, "symbol": "line-ns", "line": {"color": colour, "width": 3}},
+    }
+    if interval is not None:
+        mark["error_x"] = {
+            "type": "data",
+            "symmetric": False,
+            "array": [interval[1] - middle],
+            "arrayminus": [middle - interval[0]],
+            "color": colour,
+            "thickness": 2.5,
+            "width": 0,
+        }
+    traces.append(mark)
+
+
+def _rows_layout(names: list[str], title: str, row_height: int, **xaxis: Any) -> dict[str, Any]:
+    return {
+        "height": 70 + row_height * len(names),
+        "showlegend": False,
+        "xaxis": {"title": {"text": title}, **xaxis},
+        "yaxis": {
+            "tickmode": "array",
+            "tickvals": [-i for i in range(len(names))],
+            "ticktext": names,
+            "range": [0.55 - len(names), 0.45],
+            "showgrid": False,
+        },
+    }
+
+
 def _contrast_figure(page: Page) -> dict[str, Any]:
     """Paired differences: a dot a seed, and the mean with its interval."""
     traces: list[dict[str, Any]] = []
+    for at, (contrast, found, seeds) in enumerate(page.verdicts):
+        values = {seed: 100 * d for seed, d in zip(seeds, found.differences, strict=True)}
+        middle = None if found.effect is None else 100 * found.effect
+        bounds = None if found.interval is None else (100 * found.interval.low, 100 * found.interval.high)
+        _dots(traces, at, values, (middle, bounds), _colour(page, contrast["first"][0]), "circle", "+.2f")
+    least = 100 * page.verdicts[0][0]["least"]
     names = [_wrap(contrast["text"]) for contrast, _, _ in page.verdicts]
-    for (contrast, found, seeds), name in zip(page.verdicts, names, strict=True):
-        colour = _colour(page, contrast["first"][0])
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "x": [100 * d for d in found.differences],
-                "y": [name] * found.n,
-                "text": [f"seed {seed}" for seed in seeds],
-                "hovertemplate": "%{text}: %{x:+.2f} points<extra></extra>",
-                "marker": {"color": colour, "size": 9, "opacity": 0.45, "symbol": "circle"},
-            }
-        )
-        if found.effect is not None:
-            trace: dict[str, Any] = {
-                "type": "scatter",
-                "mode": "markers",
-                "x": [100 * found.effect],
-                "y": [name],
-                "hovertemplate": f"mean of {found.n}: %{{x:+.2f}} points<extra></extra>",
-                "marker": {"color": colour, "size": 13, "symbol": "line-ns", "line": {"color": colour, "width": 3}},
-            }
-            if found.interval is not None:
-                trace["error_x"] = {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [100 * (found.interval.high - found.effect)],
-                    "arrayminus": [100 * (found.effect - found.interval.low)],
-                    "color": colour,
-                    "thickness": 3,
-                    "width": 0,
-                }
-            traces.append(trace)
-    least = page.verdicts[0][0]["least"]
-    return {
-        "traces": traces,
-        "layout": {
-            "height": 90 + 62 * len(names),
-            "showlegend": False,
-            "xaxis": {"title": {"text": "difference in test accuracy, percentage points"}, "zeroline": True},
-            "yaxis": {"categoryorder": "array", "categoryarray": names[::-1], "showgrid": False},
-            "shapes": [
-                {
-                    "type": "line",
-                    "xref": "x",
-                    "yref": "paper",
-                    "x0": 100 * least,
-                    "x1": 100 * least,
-                    "y0": 0,
-                    "y1": 1,
-                    "line": {"color": "--muted", "width": 1, "dash": "dot"},
-                }
-            ],
-        },
-    }
+    layout = _rows_layout(names, "difference, points", 74, zeroline=True)
+    line = {"color": "--muted", "width": 1, "dash": "dot"}
+    layout["shapes"] = [
+        {"type": "line", "xref": "x", "yref": "paper", "x0": least, "x1": least, "y0": 0, "y1": 1, "line": line}
+    ]
+    return {"traces": traces, "layout": layout}
 
 
 def _wrap(text: str, width: int = 26) -> str:
@@ -214,53 +236,15 @@ def _escape(text: str) -> str:
 
 
 def _final_figure(page: Page) -> dict[str, Any]:
-    """Final test accuracies: a dot a seed, the mean and its interval, and published runs of more than one."""
+    """Final test accuracies: a dot a seed, the mean and its interval."""
     traces: list[dict[str, Any]] = []
-    names: list[str] = []
-    for row in page.rows:
-        name = f"{_wrap(row.label)}<br>{_escape(row.evaluation)}"
-        names.append(name)
-        colour = _colour(page, row.arm)
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "x": list(row.values.values()),
-                "y": [name] * len(row.values),
-                "text": [f"seed {seed}" for seed in row.values],
-                "hovertemplate": "%{text}: %{x:.4f}<extra></extra>",
-                "marker": {"color": colour, "size": 10, "opacity": 0.5, "symbol": _symbol(page, row.arm)},
-            }
-        )
-        if row.summary is not None:
-            mark: dict[str, Any] = {
-                "type": "scatter",
-                "mode": "markers",
-                "x": [row.summary.mean],
-                "y": [name],
-                "hovertemplate": f"mean of {row.summary.n}: %{{x:.4f}}<extra></extra>",
-                "marker": {"color": colour, "size": 15, "symbol": "line-ns", "line": {"color": colour, "width": 3}},
-            }
-            if row.summary.interval is not None:
-                mark["error_x"] = {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [row.summary.interval.high - row.summary.mean],
-                    "arrayminus": [row.summary.mean - row.summary.interval.low],
-                    "color": colour,
-                    "thickness": 2,
-                    "width": 0,
-                }
-            traces.append(mark)
-    return {
-        "traces": traces,
-        "layout": {
-            "height": 100 + 58 * len(names),
-            "showlegend": False,
-            "xaxis": {"title": {"text": "test accuracy after the last epoch"}, "tickformat": ".2f"},
-            "yaxis": {"categoryorder": "array", "categoryarray": names[::-1], "showgrid": False},
-        },
-    }
+    for at, row in enumerate(page.rows):
+        middle = None if row.summary is None else row.summary.mean
+        found = None if row.summary is None else row.summary.interval
+        bounds = None if found is None else (found.low, found.high)
+        _dots(traces, at, row.values, (middle, bounds), _colour(page, row.arm), _symbol(page, row.arm), ".4f")
+    names = [f"{_wrap(row.label)}<br>{_escape(row.evaluation)}" for row in page.rows]
+    return {"traces": traces, "layout": _rows_layout(names, "test accuracy", 58, tickformat=".2~f")}
 
 
 def _curve(
@@ -329,7 +313,7 @@ def _curve_figure(page: Page, metrics: Mapping[str, str], axis: str, logarithmic
             traces.append(
                 {
                     "type": "scatter",
-                    "mode": "lines+markers",
+                    "mode": "lines+markers" if metric == "test_acc" or dash == "solid" or len(epochs) == 1 else "lines",
                     "x": epochs,
                     "y": means,
                     "name": name,

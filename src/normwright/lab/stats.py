@@ -42,7 +42,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Summary:
-    """Of finite values: their number, mean, sample standard deviation (n − 1; None for one value), extremes, interval."""
+    """Number, mean, sample standard deviation (by n − 1; None for one value), extremes and interval of the mean."""
 
     n: int
     mean: float
@@ -98,7 +98,7 @@ def interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> Int
         confidence_level=level,
         n_resamples=RESAMPLES,
         method="BCa",
-        random_state=np.random.default_rng(seed),  # `rng` from scipy 1.15 on; this name works in both
+        rng=np.random.default_rng(seed),
     ).confidence_interval
     return Interval(float(found.low), float(found.high), level, "BCa bootstrap")
 

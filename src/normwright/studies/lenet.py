@@ -117,7 +117,7 @@ STUDY = Study(
     fixed={"epochs": 10, "batch_size": 256, "optimizer": "sgd", "weights": "Xavier uniform"},
     nuisance={"lr": 1.0},
     seeds=3,
-    by_data={"digits": {"epochs": 30, "batch_size": 32, "seeds": 6}},
+    by_data={"digits": {"batch_size": 32, "seeds": 6}},
     norms=NORMS,
     published=(
         Published("batch norm written by hand", "bn", 1, figures(0.864, 0.899, 0.272)),

@@ -10,10 +10,11 @@ function resolve(value, style) {
   return value;
 }
 
-function axis(own, extra) {
+function axis(own) {
   return {
     gridcolor: "--grid", linecolor: "--line", zerolinecolor: "--muted", zerolinewidth: 1, zeroline: false,
-    tickcolor: "--line", automargin: true, fixedrange: true, ...own, ...extra,
+    tickcolor: "--line", automargin: true, fixedrange: true, ...own,
+    title: { font: { size: 13 }, standoff: 10, ...own.title },
   };
 }
 
