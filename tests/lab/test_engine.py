@@ -173,7 +173,9 @@ def test_optimizers_are_torchs(name):
 def test_three_evaluations_by_hand_and_the_model_as_it_was(data):
     work = job(data, batch_size=25)
     model = engine.initial(work, "bn", 0)
-    engine.train_epoch(model, engine.make_optimizer(model, "sgd", 0.5), data.x_train, data.y_train, torch.arange(100), 25)
+    engine.train_epoch(
+        model, engine.make_optimizer(model, "sgd", 0.5), data.x_train, data.y_train, torch.arange(100), 25
+    )
     before = copy.deepcopy(model.state_dict())
     found = engine._three_ways(model, work, 25, last=True)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

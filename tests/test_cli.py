@@ -1,0 +1,257 @@
+"""The command line: what it prints, what it refuses, and what a killed or interrupted study leaves."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from normwright import cli
+from normwright.catalog import CATALOG
+from normwright.lab import files
+from normwright.lab.journal import Journal
+
+COMMAND = [sys.executable, "-m", "normwright"]
+TINY = ["study", "lenet", "--smoke", "--out"]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["normwright", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def metrics(folder):
+    with Journal(folder / "journal.sqlite", mode="read") as journal:
+        return [
+            (
+                run.arm,
+                run.seed,
+                run.status,
+                [{k: v for k, v in m.items() if "seconds" not in k} for m in epochs.values()],
+            )
+            for run in journal.runs()
+            for epochs in [journal.epochs(run.id)]
+        ]
+
+
+def test_a_smoke_study_end_to_end(command, tmp_path):
+    out = tmp_path / "run"
+    code, printed, _ = command(*TINY, out, "--json")
+    assert code == 0
+    found = json.loads(printed)
+    assert (found["study"], found["data"], found["seeds"], found["complete"]) == ("lenet", "digits", [0], True)
+    assert [(r["arm"], r["evaluation"]) for r in found["results"]] == [
+        ("bn", "running average"),
+        ("bn", "recalibrated"),
+        ("bn", "batch statistics"),
+        ("none", "as trained"),
+    ]
+    recorded = {(arm, seed): epochs[-1] for arm, seed, _, epochs in metrics(out)}
+    assert found["results"][1]["by_seed"] == {"0": recorded["bn", 0]["test_acc_recalibrated"]}
+    assert found["verdicts"][0]["verdict"] == "undecided"
+    assert "normwright study lenet --smoke" in (out / "report.html").read_text()
+    # The journal there is not written over; --resume finds nothing left to do; other settings are refused by name.
+    code, _, error = command(*TINY, out)
+    assert code == 2
+    assert "--resume" in error
+    assert "another --out" in error
+    code, printed, _ = command(*TINY, out, "--resume", "--quiet")
+    assert (code, printed) == (0, "")
+    before = (out / "journal.sqlite").read_bytes()
+    code, _, error = command(*TINY, out, "--resume", "--lr", 0.25, "--seeds", 2)
+    assert code == 2
+    assert "seeds (there 1, here 2)" in error
+    assert "arms bn lr (there 1.0, here 0.25)" in error
+    assert (out / "journal.sqlite").read_bytes() == before
+    (out / "report.html").unlink()
+    code, printed, _ = command("report", out)
+    assert (code, printed) == (0, f"Report: {out}/report.html\n")
+    assert (out / "report.html").stat().st_size > 1_000_000
+    code, printed, _ = command("runs", out)
+    assert code == 0
+    assert len(re.findall("finished", printed)) == 2
+
+
+def test_without_a_terminal_a_plain_line_an_epoch_and_a_table(command, tmp_path):
+    code, printed, error = command(*TINY, tmp_path / "run", "--norm", "gn")
+    assert code == 0
+    assert re.search(r"^gn, seed 0, epoch 1/1: train loss \d+\.\d+, test accuracy 0\.\d+$", error, re.M)
+    assert "\x1b" not in error + printed
+    assert "group norm (2 groups)" in printed
+    assert f"Report: {tmp_path}/run/report.html" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--lr", "-1"], "--lr is a finite number above 0; got -1.0."),
+        (["--lr", "nan"], "--lr is a finite number above 0; got nan."),
+        (["--seeds", "0"], "--seeds is a whole number of at least 1; got 0."),
+        (["--epochs", "0"], "--epochs is a whole number of at least 1; got 0."),
+        (["--batch-size", "1"], "--batch-size is a whole number of at least 2 images; got 1."),
+        (["--norm", "bogus"], "got 'bogus'"),
+        (["--norm", ""], "got ''"),
+        (["--optimizer", "lion"], "got 'lion'"),
+        (["--device", "quantum"], "--device quantum cannot be used here"),
+        (["--data", "/no/such/folder"], "/no/such/folder"),
+        (["--out", "FILE"], "is a file"),
+        (["--out", "FILE/below"], "is a file"),
+    ],
+)
+def test_bad_values_are_one_sentence_and_write_nothing(command, tmp_path, monkeypatch, arguments, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("")
+    code, printed, error = command("study", "lenet", *arguments)
+    assert (code, printed) == (2, "")
+    assert text in error
+    assert error.startswith("normwright: ")
+    assert error.count("\n") == 1
+    assert os.listdir(tmp_path) == ["FILE"]
+
+
+def test_other_wrong_commands(command, tmp_path):
+    assert command("study")[0] == 2
+    for arguments, text in (
+        (("study", "resnet"), "no study 'resnet'"),
+        (("norms", "bogus"), "No normalization is called 'bogus'"),
+        (("report", tmp_path), "no journal"),
+        (("runs", tmp_path), "no journal"),
+    ):
+        code, _, error = command(*arguments)
+        assert code == 2
+        assert text in error
+
+
+def test_a_missing_extra_is_named(command, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    code, _, error = command(*TINY, tmp_path / "run")
+    assert code == 2
+    assert "pip install 'normwright[lab]'" in error
+    assert (tmp_path / "run" / "journal.sqlite").exists()
+
+
+def test_a_full_disk_while_the_report_is_written(command, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    code, _, error = command(*TINY, tmp_path / "run", "--quiet")
+    assert code == 2
+    assert "disk is full" in error
+    assert error.count("\n") == 1
+    assert not [name for name in os.listdir(tmp_path / "run") if "report" in name]
+
+
+def test_a_diverging_study_ends_well_and_shows_it(command, tmp_path):
+    code, printed, _ = command(*TINY, tmp_path / "run", "--lr", "1e6", "--epochs", "2", "--json")
+    found = json.loads(printed)
+    assert code == 0
+    assert {(f["arm"], f["status"]) for f in found["failures"]} == {("bn", "diverged"), ("none", "diverged")}
+    assert "diverged" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_norms_prints_every_row(command):
+    code, printed, _ = command("norms")
+    assert code == 0
+    for name in CATALOG:
+        assert name[:8] in printed
+
+
+def test_group_norm_is_drawn(command):
+    code, printed, _ = command("norms", "group")
+    lines = [line.strip() for line in printed.splitlines()]
+    assert code == 0
+    assert "axis          b   g   c  s0  s1" in lines
+    assert "mean over     ·   ·   ●   ●   ●" in lines
+    assert "parameters    ·   ●   ●   ·   ·" in lines
+    assert lines[lines.index("■ ■ · ·") + 1] == "· · · ·"
+
+
+@pytest.mark.parametrize(
+    ("name", "first_rows"),
+    [
+        ("BatchNorm", ["■ · ·", "■ · ·"]),
+        ("LayerNorm", ["■ ■ ■ ■ ■ ■ ■ ■", "· · · · · · · ·"]),
+        ("InstanceNorm", ["■ · · ·", "· · · ·"]),
+        ("ChannelNorm", ["◧ ◧ ◧ ◧ ◧ ◧", "· · · · · ·"]),
+        ("GhostBatchNorm", ["■ · ·", "■ · ·", "· · ·"]),
+        ("PackedBatchNorm", ["■ · · · · ·", "■ · · · · ·"]),
+    ],
+)
+def test_pictures_of_the_axes(name, first_rows):
+    drawn = [line.strip() for line in cli.picture(CATALOG[name])]
+    at = drawn.index(first_rows[0])
+    assert drawn[at : at + len(first_rows)] == first_rows
+
+
+def test_list_and_version_and_help(command):
+    assert "lenet" in command("study", "--list")[1]
+    assert re.fullmatch(r"normwright \d+\.\d+\.\d+\n", command("--version")[1])
+    code, printed, _ = command("study", "--help")
+    assert code == 0
+    for option in ("--data", "--data-dir", "--seeds", "--epochs", "--lr", "--batch-size", "--optimizer", "--norm",
+                   "--out", "--device", "--resume", "--smoke", "--quiet", "--json"):  # fmt: skip
+        assert option in printed
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [*COMMAND, *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "80"},
+    )
+
+
+def wait_for_epochs(process, n):
+    """Read lines until so many epochs were reported."""
+    for line in process.stderr:
+        if "epoch" in line:
+            n -= 1
+            if n == 0:
+                return
+    raise AssertionError("the study ended too early")
+
+
+@pytest.mark.slow
+def test_killed_and_interrupted_studies_lose_an_epoch_at_most(command, tmp_path):
+    """kill -9, then Ctrl-C, then to the end: the same numbers, bit for bit, as without."""
+    common = ["study", "lenet", "--smoke", "--epochs", "6", "--seeds", "1", "--batch-size", "8"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert command(*common, "--out", whole, "--quiet")[0] == 0
+    process = start(*common, "--out", str(parts))
+    wait_for_epochs(process, 3)
+    process.kill()
+    process.communicate()
+    assert 3 <= sum(len(epochs) for *_, epochs in metrics(parts)) <= 5
+    process = start(*common, "--out", str(parts), "--resume")
+    wait_for_epochs(process, 1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.splitlines()[-1].startswith("Stopped; every whole epoch is in ")
+    assert error.splitlines()[-1].endswith("--resume")
+    assert "Traceback" not in error
+    assert any(status == "interrupted" for _, _, status, _ in metrics(parts))
+    assert command(*common, "--out", parts, "--resume", "--quiet")[0] == 0
+    assert metrics(parts) == metrics(whole)
+
+
+@pytest.mark.slow
+def test_help_is_quick():
+    """Help imports no plotting, no statistics and no data: torch, which the package itself needs, is the most of it."""
+    code = "import sys, normwright.cli; print([m for m in ('plotly', 'scipy', 'sklearn', 'PIL', 'numba') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
