@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
 import re
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError
 
 import numpy as np
@@ -334,6 +337,19 @@ def test_mask_of_another_shape_is_refused(wrong):
     with pytest.raises(ValueError, match=r"its shape is \(3,\) or \(3, 5\)") as caught:
         layout.mask_view(wrong)
     assert f"got {wrong}" in str(caught.value)
+
+
+def test_a_spec_pickled_by_another_process_is_the_same_key():
+    """Strings hash differently in every process; a hash that travelled would miss every cache and every dict."""
+    code = (
+        "import pickle, sys; from normwright.spec import NormSpec; "
+        "sys.stdout.buffer.write(pickle.dumps(NormSpec('b (g [c])', '(g c)', sizes={'g': 2})))"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
+    pickled = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout
+    spec = NormSpec("b (g [c])", "(g c)", sizes={"g": 2})
+    assert hash(pickle.loads(pickled)) == hash(spec)
+    assert {spec: 1}[pickle.loads(pickled)] == 1
 
 
 def test_specs_are_values():

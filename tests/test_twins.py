@@ -1065,6 +1065,7 @@ def test_compile_with_changing_batch_size_and_momentum_none(compiler):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own import
 def test_compile_with_inductor(compiler):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nw.BatchNorm2d(4, act="relu"), nw.GroupNorm(2, 4), nw.LayerNorm(6))
