@@ -1,9 +1,19 @@
 """Normalization in PyTorch networks: fast, correct and understood."""
 
+from torch.nn import LocalResponseNorm
+
 from .catalog import CATALOG
 from .functional import ACTIVATIONS, activate, normalize
+from .gradcheck import GradcheckReport, gradcheck
 from .kernels.dispatch import explain, use
+from .layers.batch_renorm import BatchRenorm, schedule_batch_renorm
+from .layers.dyt import DyT
+from .layers.evonorm import EvoNormB0, EvoNormS0
+from .layers.grn import GRN
 from .layers.norm import ChannelNorm, FilterResponseNorm, GhostBatchNorm, Norm
+from .layers.probability_integral import ProbabilityIntegralTransform
+from .layers.split_batch_norm import SplitBatchNorm
+from .layers.switch_norm import SwitchNorm
 from .layers.twins import (
     BatchNorm1d,
     BatchNorm2d,
@@ -21,18 +31,27 @@ from .layers.twins import (
     LazyInstanceNorm3d,
     RMSNorm,
 )
+from .layers.weight_standardization import ScaledStdConv2d, WeightStandardization, activation_gain, standardize_weights
+from .layers.whitening import Whitening
 from .spec import NormSpec, PatternError
+from .surgery import Receipt, recalibrate
 
 __version__ = "0.1.0"
 __all__ = [
     "ACTIVATIONS",
     "CATALOG",
+    "GRN",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchRenorm",
     "ChannelNorm",
+    "DyT",
+    "EvoNormB0",
+    "EvoNormS0",
     "FilterResponseNorm",
     "GhostBatchNorm",
+    "GradcheckReport",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
@@ -44,12 +63,25 @@ __all__ = [
     "LazyInstanceNorm1d",
     "LazyInstanceNorm2d",
     "LazyInstanceNorm3d",
+    "LocalResponseNorm",
     "Norm",
     "NormSpec",
     "PatternError",
+    "ProbabilityIntegralTransform",
     "RMSNorm",
+    "Receipt",
+    "ScaledStdConv2d",
+    "SplitBatchNorm",
+    "SwitchNorm",
+    "WeightStandardization",
+    "Whitening",
     "activate",
+    "activation_gain",
     "explain",
+    "gradcheck",
     "normalize",
+    "recalibrate",
+    "schedule_batch_renorm",
+    "standardize_weights",
     "use",
 ]

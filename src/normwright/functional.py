@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels.dispatch import Call, choose
+from .kernels.call import Call
+from .kernels.dispatch import run
 from .kernels.native import ACTIVATIONS, activate
 from .spec import NormSpec
 
@@ -64,10 +65,15 @@ def normalize(
         )
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"A mask is bool, True at valid positions; got {mask.dtype}. Compare first, as in mask != 0.")
+    if running_var is not None and not spec.running:
+        raise ValueError(
+            f"Running statistics are given, and the spec {spec.pattern!r} does not say on which axes they live; "
+            "name them, as in NormSpec(..., running='c'), or pass none."
+        )
     if not use_batch_stats and (running_var is None or (running_mean is None and spec.center)):
         raise ValueError(
             "Without batch statistics the running mean and variance are needed and one is missing; "
             "pass both, or use_batch_stats=True."
         )
     call = Call(x, spec, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, act, residual, mask)
-    return choose(call).normalize(*call)
+    return run(call)

@@ -225,13 +225,20 @@ class NormSpec:
     parsed: Pattern = field(init=False, repr=False, compare=False)
     parsed_affine: Pattern = field(init=False, repr=False, compare=False)
     parsed_running: Pattern = field(init=False, repr=False, compare=False)
+    _hash: int = field(init=False, repr=False, compare=False)  # a spec is a key of caches asked at every call
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", tuple(dict(self.sizes).items()))
         parsed = parse(self.pattern)
         affine = _sublist(parsed, self.affine, "affine")
         running = _sublist(parsed, self.running, "running")
-        for name, value in (("parsed", parsed), ("parsed_affine", affine), ("parsed_running", running)):
+        digest = hash((self.pattern, self.affine, self.center, self.running, self.sizes))
+        for name, value in (
+            ("parsed", parsed),
+            ("parsed_affine", affine),
+            ("parsed_running", running),
+            ("_hash", digest),
+        ):
             object.__setattr__(self, name, value)
         reduced = {axis.name for axis in parsed.axes if axis.reduced}
         for axis in running.axes:
@@ -253,6 +260,13 @@ class NormSpec:
                 raise PatternError(
                     f"The size of an axis is a positive integer; got {name}={size!r}.", self.pattern, names[name].at
                 )
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self):
+        # made anew when unpickled: another process hashes strings differently
+        return (type(self), (self.pattern, self.affine, self.center, self.running, self.sizes))
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """The spec on a tensor of this shape; cached."""

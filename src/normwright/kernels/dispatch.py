@@ -1,43 +1,26 @@
 """Which kernel runs: `choose` decides, `explain` says why, `use` demands.
 
-A backend is a module with `refusal(call) -> str | None` (why it cannot or should not run this call; None if it does)
-and `normalize(*call)`. The order of `BACKENDS` is the order of preference; native refuses nothing.
+A backend is a module with `prepare(call, demanded)`, which returns a sentence that says why it cannot run this call, or
+(unless it was demanded) should not, and otherwise whatever it wants back in `normalize(call, prepared)`. The order of `BACKENDS` is the order of preference;
+native, which comes after them, refuses nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..spec import NormSpec
-from . import native
+from . import cpu, native
+from .call import Call
 
-__all__ = ["BACKENDS", "Call", "Choice", "Explanation", "choose", "explain", "use"]
-
-
-class Call(NamedTuple):
-    """One normalization to be done: the arguments of `functional.normalize`, all of them."""
-
-    x: Tensor
-    spec: NormSpec
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    use_batch_stats: bool
-    new_weight: float
-    eps: float
-    act: str | None
-    residual: Tensor | None
-    mask: Tensor | None
+__all__ = ["BACKENDS", "Choice", "Explanation", "explain", "run", "use"]
 
 
 # name -> module, best first
-BACKENDS: dict[str, ModuleType] = {}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu}
 
 _demanded: str | None = None
 _record: list[Choice] | None = None
@@ -101,18 +84,19 @@ class use:
         _demanded = self._previous
 
 
-def choose(call: Call) -> ModuleType:
-    """The backend for this call: the demanded one, or the first that does not refuse."""
-    if _demanded == "native" or torch.compiler.is_exporting():
-        chosen, refused = "native", dict.fromkeys(BACKENDS, "native was demanded")
-    else:
-        chosen, refused = "native", {}
-        for name, backend in BACKENDS.items():
-            reason = backend.refusal(call) if _demanded in (None, name) else f"{_demanded} was demanded"
-            if reason is None:
-                chosen = name
+def run(call: Call) -> Tensor:
+    """Run the call on the demanded backend, or on the first that does not refuse."""
+    refused: dict[str, str] = {}
+    chosen, backend, prepared = "native", native, None
+    if _demanded != "native":
+        for name, candidate in BACKENDS.items():
+            if _demanded is not None and name != _demanded:
+                continue
+            prepared = candidate.prepare(call, _demanded is not None)
+            if not isinstance(prepared, str):
+                chosen, backend = name, candidate
                 break
-            refused[name] = reason
+            refused[name] = prepared
         if _demanded is not None and chosen != _demanded:
             raise RuntimeError(
                 f"The kernel {_demanded!r} was demanded and cannot run {call.spec.pattern!r} on a "
@@ -121,7 +105,7 @@ def choose(call: Call) -> ModuleType:
             )
     if _record is not None:
         _record.append(Choice(chosen, refused, call.spec.pattern, tuple(call.x.shape)))
-    return native if chosen == "native" else BACKENDS[chosen]
+    return backend.normalize(call, prepared)
 
 
 def explain(module: nn.Module, *inputs: object, **kwargs: object) -> Explanation:

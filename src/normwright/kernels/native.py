@@ -5,6 +5,7 @@ Where torch has an operator for the pattern it is used as it is; everything else
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec import Layout, NormSpec
+from .call import Call
 
-__all__ = ["ACTIVATIONS", "activate", "normalize"]
+__all__ = ["ACTIVATIONS", "activate", "batch_statistics", "formula", "normalize", "update_running"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -60,21 +62,9 @@ def _torch_operator(spec: NormSpec) -> str | None:
     return None
 
 
-def normalize(
-    x: Tensor,
-    spec: NormSpec,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    use_batch_stats: bool,
-    new_weight: float,
-    eps: float,
-    act: str | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
+def normalize(call: Call, prepared: object = None) -> Tensor:
     """`act(norm(x) · weight + bias + residual)` by torch operators; arguments as in `functional.normalize`."""
+    x, spec, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, act, residual, mask = call
     # asked for on every path, because it is what refuses a shape that does not fit the pattern
     layout = spec.layout_uncached(x.shape) if torch.compiler.is_compiling() else spec.layout(x.shape)
     operator = torch_operator(spec) if mask is None and x.numel() else None
@@ -93,10 +83,7 @@ def normalize(
     elif operator == "rms_norm" and bias is None and (weight is None or weight.dtype == x.dtype):
         y = torch.rms_norm(x, _trailing(spec, x), weight, eps)
     else:
-        return _formula(
-            x, spec.center, layout, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, act,
-            residual, mask,
-        )  # fmt: skip
+        return formula(call, layout)
     if residual is not None:
         y = (y + residual).to(y.dtype)
     return activate(y, act)
@@ -104,11 +91,15 @@ def normalize(
 
 def _channels_last(x: Tensor) -> bool:
     """Whether x is dense with its channels innermost: a layout that torch's instance and group norm lose."""
-    if x.dim() == 4:
-        return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    if x.dim() == 5:
-        return x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
-    return x.dim() == 3 and x.stride(1) == 1 and not x.is_contiguous()
+    if x.dim() < 3 or x.is_contiguous():
+        return False
+    # by strides, because vmap does not answer is_contiguous(memory_format=...)
+    dense = 1
+    for d in (1, *range(x.dim() - 1, 1, -1), 0):
+        if x.size(d) != 1 and x.stride(d) != dense:
+            return False
+        dense *= x.size(d)
+    return True
 
 
 def _groups(spec: NormSpec, x: Tensor) -> int:
@@ -123,21 +114,10 @@ def _trailing(spec: NormSpec, x: Tensor) -> list[int]:
     return list(x.shape[-count:])
 
 
-def _formula(
-    x: Tensor,
-    center: bool,
-    layout: Layout,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    use_batch_stats: bool,
-    new_weight: float,
-    eps: float,
-    act: str | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
+def formula(call: Call, layout: Layout) -> Tensor:
+    """The formula itself, for any pattern and any mask; differentiable any number of times."""
+    x, spec, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, act, residual, mask = call
+    center = spec.center
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     t = x.reshape(layout.split).to(compute)
     valid = None
@@ -155,7 +135,7 @@ def _formula(
         mean, var, count = _statistics(t, layout, valid, center)
         if running_var is not None:
             with torch.no_grad():
-                _update(layout, running_mean, running_var, mean, var, count, new_weight)
+                update_running(layout, running_mean, running_var, mean, var, count, new_weight)
         if mean is not None:
             t = t - mean
         t = t * torch.rsqrt(var + eps)
@@ -173,6 +153,22 @@ def _formula(
     if valid is not None:
         y = torch.where(valid, y, 0.0)
     return y.to(x.dtype)
+
+
+def batch_statistics(call: Call, layout: Layout) -> Tensor:
+    """Means, then biased variances, in double: the batch's, or the running ones where those are used."""
+    if not call.use_batch_stats:
+        assert call.running_var is not None
+        mean = torch.zeros_like(call.running_var) if call.running_mean is None else call.running_mean
+        return torch.cat((mean.reshape(-1), call.running_var.reshape(-1))).double()
+    t, valid = call.x.reshape(layout.split).double(), None
+    if call.mask is not None:
+        valid = call.mask.reshape(layout.mask_view(tuple(call.mask.shape)))
+        t = torch.where(valid, t, 0.0)
+    if not t.numel():
+        return t.new_zeros(2 * math.prod(layout.stat_shape))
+    mean, var, _ = _statistics(t, layout, valid, call.spec.center)
+    return torch.cat((torch.zeros_like(var).reshape(-1) if mean is None else mean.reshape(-1), var.reshape(-1)))
 
 
 def _statistics(
@@ -195,7 +191,7 @@ def _statistics(
     return mean, var, count
 
 
-def _update(
+def update_running(
     layout: Layout,
     running_mean: Tensor | None,
     running_var: Tensor,

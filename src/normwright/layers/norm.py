@@ -190,7 +190,14 @@ class GhostBatchNorm(_BatchNorm, nn.modules.batchnorm._BatchNorm):
 
     @property
     def spec(self) -> NormSpec:  # type: ignore[override]
-        return self._chunked
+        tracked = self.running_mean is not None
+        return self._chunked if self.training or not tracked else _BatchNorm.spec  # type: ignore[return-value]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            "GhostBatchNorm has no TorchScript form: torch has no such module. Use torch.compile or torch.export, or "
+            "script a BatchNorm that loads its state_dict."
+        )
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:

@@ -1,0 +1,436 @@
+"""The CPU backend: Numba kernels on PyTorch's own threads.
+
+`recipe` decides, once per spec, shape, strides and type, which family of kernels runs and how the work is cut;
+`normalize` joins them to autograd. Everything per call is kept short: small tensors are all overhead.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ...spec import NormSpec
+from .. import native
+from ..call import Call
+from ..plan import NoPlan, Plan, plan
+from . import build, compiled, context
+
+__all__ = ["normalize", "prepare"]
+
+_NAMES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+# below this many elements one thread is faster than waking the pool
+SERIAL = 16384
+# elements from which these kernels, and their call from Python, are faster than torch's operator for the pattern
+_WORTH = {
+    "batch_norm": 8192,
+    "instance_norm": 8192,
+    "group_norm": 32768,
+    "layer_norm": 65536,
+    "rms_norm": 8192,
+    None: 4096,  # the formula in composed operators
+}
+# a stretch shorter than this is cheaper side by side with others (columns) than alone (segments)
+SHORT = 32
+# columns of a block: eight float32 arrays of it stay in a 32 KB first-level cache beside a tile of x
+COLUMNS = 512
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one call runs: the family of kernels, the plan, and the cut of the work."""
+
+    family: str
+    plan: Plan
+    R: int
+    chunks: int
+    columns: int
+    tasks: int
+    workers: int
+    parallel: bool
+    dtype: str
+    compute: torch.dtype
+    statistics: int
+    running: int  # running statistics, if there are any
+    merged: bool  # running statistics average over several of the batch's
+    permuted: bool  # kept axes lie in memory in another order than in the pattern
+    head: tuple[int, ...]  # the context's first slots, up to the phase
+    width: int  # bytes of the type that computes
+    scratch_bytes: int  # of the columns family; rows need theirs only backward
+
+
+@cache
+def evaluation_spec(spec: NormSpec) -> NormSpec:
+    """The spec whose statistics are the running ones: everything but their axes is reduced."""
+    running = {axis.name for axis in spec.parsed_running.axes}
+    words = []
+    for dim in spec.parsed.dims:
+        text = " ".join(
+            (axis.name + "..." if axis.many else axis.name) if axis.name in running else
+            f"[{axis.name}{'...' if axis.many else ''}]"
+            for axis in dim
+        )  # fmt: skip
+        words.append(f"({text})" if len(dim) > 1 else text)
+    return replace(spec, pattern=" ".join(words))
+
+
+@lru_cache(maxsize=4096)
+def recipe(
+    spec: NormSpec, use_batch: bool, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, threads: int
+) -> Recipe | str:
+    """The recipe, or a sentence that says why there is none."""
+    try:
+        p = plan(spec if use_batch else evaluation_spec(spec), shape, strides)
+    except NoPlan as reason:
+        return str(reason)
+    numel = math.prod(shape)
+    parallel = numel >= SERIAL and threads > 1
+    O, A, K, B = p.O, p.A, p.K, p.B
+    R = 1
+    if p.by_a:
+        family = "columns"
+    elif A == 1:
+        family = "rows" if p.S == 1 and p.P > 1 else "segments"
+    else:
+        family = "columns" if B < SHORT or p.S < SHORT else "segments"
+    if family == "rows" and not use_batch:
+        return "running statistics with a parameter for every element of a row have no kernel"
+    if family == "segments" and parallel and O * K == 1 and p.P == 1:
+        # one statistic for all threads: cut it into columns, whose rows can be shared out
+        width = math.gcd(A * B, 256)
+        if width >= SHORT:
+            family, p = "columns", replace(p, A=A * B // width, B=width, S=width)
+            O, A, K, B = p.O, p.A, p.K, p.B
+    chunks = columns = 1
+    tasks, workers = O * K, 1
+    if family == "columns":
+        width = K * B
+        if B > COLUMNS:
+            return f"{B} contiguous values per statistic with a parameter each, over {A} rows, have no kernel"
+        if width <= COLUMNS // 2 and not p.by_a:
+            R = max((r for r in range(1, COLUMNS // width + 1) if A % r == 0), default=1)
+            A //= R
+        columns = min(R * width, COLUMNS // B * B)
+        blocks = -(-R * width // columns)
+        if parallel and not p.by_a and O * blocks < threads:
+            chunks = max(1, min(A // 8, -(-threads // (O * blocks))))
+        tasks = O * blocks * chunks
+        workers = min(tasks, threads) if parallel else 1
+    elif family == "rows":
+        workers = min(tasks, threads) if parallel else 1
+    layout = p.layout
+    starts = [sum(layout.parts[:d]) for d in range(len(shape))]
+    kept = [d for d in p.order if any(i in layout.kept for i in range(starts[d], starts[d] + layout.parts[d]))]
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    width = compute.itemsize
+    return Recipe(
+        family=family,
+        plan=p,
+        R=R,
+        chunks=chunks,
+        columns=columns,
+        tasks=tasks,
+        workers=workers,
+        parallel=parallel,
+        dtype=_NAMES[dtype],
+        compute=compute,
+        statistics=O * K,
+        running=math.prod(layout.running_shape),
+        merged=bool(spec.running) and any(layout.split[i] > 1 for i in layout.merged),
+        permuted=kept != sorted(kept),
+        head=(O, A, K, B, p.G, p.P, p.S, p.by_a, R, tasks, workers, chunks, columns),
+        width=width,
+        scratch_bytes=O * chunks * 3 * R * K * B * 8 + workers * columns * (3 * 8 + 8 * width),
+    )
+
+
+def prepare(call: Call, demanded: bool) -> Recipe | ModuleType | str:
+    """The recipe for this call, or a sentence that says why these kernels do not run it.
+
+    While torch.compile traces, shapes may be symbols: the recipe is then left to the operator of `compiled`.
+    """
+    x = call.x
+    if not x.is_cpu:
+        return f"the input is on {x.device}"
+    if x.dtype not in _NAMES:
+        return f"there is no kernel for {x.dtype}"
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            return "an exported program is kept to torch's own operators"
+        return build.UNAVAILABLE or compiled
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        return f"the input is a {type(x).__name__}, not a plain tensor"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "a function transform or forward-mode differentiation is active"
+    if torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode is active"
+    if build.UNAVAILABLE is not None:
+        return build.UNAVAILABLE
+    if call.residual is not None and call.residual.dtype != x.dtype:
+        return f"the residual is {call.residual.dtype} and the input {x.dtype}"
+    size = x.numel()
+    if not size:
+        return "the input is empty"
+    if not demanded and size < _WORTH[native.torch_operator(call.spec)]:
+        return f"torch's own operators are faster on {size} elements"
+    found = recipe(call.spec, call.use_batch_stats, x.shape, x.stride(), x.dtype, torch.get_num_threads())
+    if not isinstance(found, str) and found.merged and call.running_var is not None and call.use_batch_stats:
+        if call.mask is not None:
+            return "running statistics averaged over samples, with a mask, have no kernel"
+        if found.permuted:
+            return "running statistics averaged over samples have no kernel in this memory order"
+    return found
+
+
+def normalize(call: Call, found: Recipe | ModuleType) -> Tensor:
+    """`act(norm(x) · weight + bias + residual)` by compiled kernels; arguments as in `functional.normalize`."""
+    if not isinstance(found, Recipe):
+        return compiled.normalize(call)
+    x, weight, bias, residual = call.x, call.weight, call.bias, call.residual
+    for name, parameter, size in (
+        ("weight", weight, found.plan.parameters),
+        ("bias", bias, found.plan.parameters),
+        ("running_mean", call.running_mean, found.running),
+        ("running_var", call.running_var, found.running),
+    ):
+        if parameter is not None and parameter.numel() != size:
+            raise RuntimeError(
+                f"{name} should contain {size} elements for {call.spec.pattern!r} on an input of shape "
+                f"{tuple(x.shape)}; it has {parameter.numel()}. Build the layer with the input's sizes."
+            )
+    if found.plan.copy:
+        x = x.contiguous()
+    if weight is not None and (weight.dtype != found.compute or not weight.is_contiguous()):
+        weight = weight.to(found.compute).contiguous()
+    if bias is not None and (bias.dtype != found.compute or not bias.is_contiguous()):
+        bias = bias.to(found.compute).contiguous()
+    if residual is not None:
+        residual = _as(residual, x)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        return _Normalize.apply(x, weight, bias, residual, call, found)  # type: ignore[return-value]
+    return _forward(x, weight, bias, residual, call, found)[0]
+
+
+def _as(x: Tensor, like: Tensor) -> Tensor:
+    """x in the memory layout of `like`."""
+    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+
+
+@cache
+def _constant(value: float, size: int, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((size,), value, dtype=dtype)
+
+
+def _row_parameters(weight: Tensor | None, bias: Tensor | None, found: Recipe) -> tuple[Tensor | None, Tensor | None]:
+    """The row kernels read a weight and a bias always: ones and zeros where there are none."""
+    if found.family == "rows":
+        size = found.plan.parameters
+        weight = _constant(1.0, size, found.compute) if weight is None else weight
+        bias = _constant(0.0, size, found.compute) if bias is None else bias
+    return weight, bias
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call, found: Recipe
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output, statistics (means, then variances, in double), and the mask as the kernels read it."""
+    y = torch.empty_like(x)
+    weight, bias = _row_parameters(weight, bias, found)
+    flags = None if call.mask is None else _expand_mask(found, x, call.mask)
+    use_batch, center, n = call.use_batch_stats, call.spec.center, found.statistics
+    running_mean, running_var = call.running_mean, call.running_var
+    if use_batch:
+        statistics = torch.empty(2 * n, dtype=torch.float64)
+    else:
+        statistics = native.batch_statistics(call, found.plan.layout)
+    update = use_batch and running_var is not None and not found.merged
+    moved = (_computed(running_mean, found.compute), _computed(running_var, found.compute)) if update else (None, None)
+    scratch = torch.empty(found.scratch_bytes, dtype=torch.uint8) if found.family == "columns" else None
+    run = build.kernel(
+        found.family,
+        "forward",
+        found.dtype,
+        call.act or "none",
+        "none" if residual is None else "residual",
+        flags is not None,
+    )
+    where = statistics.data_ptr()
+    for phase in (0,) if found.chunks == 1 else (1, 2) if use_batch else (2,):
+        run(
+            found.tasks if found.family != "columns" else found.workers,
+            context.pack(
+                *found.head, phase, use_batch, center, update, 0,
+                x.data_ptr(), y.data_ptr(), _address(weight), _address(bias), _address(residual),
+                where, where + 8 * n, _address(moved[0]), _address(moved[1]),
+                0, 0, 0, 0, _address(scratch), _address(flags), call.eps, call.new_weight,
+            ),
+            found.parallel,
+        )  # fmt: skip
+    if update:
+        for buffer, new in ((running_mean, moved[0]), (running_var, moved[1])):
+            if buffer is None:
+                continue
+            if new is not buffer:
+                with torch.no_grad():
+                    buffer.copy_(new)  # type: ignore[arg-type]
+            elif not buffer.is_inference():
+                torch.autograd.graph.increment_version(buffer)
+    elif use_batch and running_var is not None:
+        layout = found.plan.layout
+        mean, var = statistics.view(2, *layout.stat_shape).unbind()
+        with torch.no_grad():
+            native.update_running(
+                layout, running_mean, running_var, mean if center else None, var, layout.count, call.new_weight
+            )
+    return y, statistics, flags
+
+
+def _computed(buffer: Tensor | None, compute: torch.dtype) -> Tensor | None:
+    """The buffer itself where a kernel can write it, else a copy, to be copied back."""
+    if buffer is None or (buffer.dtype == compute and buffer.is_contiguous()):
+        return buffer
+    return buffer.to(compute).contiguous()
+
+
+def _expand_mask(found: Recipe, x: Tensor, mask: Tensor) -> Tensor:
+    """The mask in the order of memory: for columns one entry an element, otherwise one a position."""
+    layout = found.plan.layout
+    full = mask.reshape(layout.mask_view(tuple(mask.shape))).expand(layout.split).reshape(x.shape)
+    if found.family != "columns":
+        for d in range(x.dim()):
+            if d not in layout.position_dims:
+                full = full.narrow(d, 0, 1)
+    return full.permute(found.plan.order).contiguous()
+
+
+class _Normalize(torch.autograd.Function):
+    """Autograd's view of the kernels: x, mean and variance are saved, the activation is recomputed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, call: Call, found: Recipe) -> Tensor:
+        y, statistics, flags = _forward(x, weight, bias, residual, call, found)
+        extra = None
+        if residual is not None and call.act is not None:
+            # the sign of y says all that relu's slope needs; other slopes need the residual itself
+            extra = y if call.act in _BY_SIGN else residual
+        ctx.save_for_backward(x, weight, bias, extra, statistics, flags)
+        # not the call itself: it would keep alive what autograd frees
+        ctx.rest = (call.spec, call.use_batch_stats, call.eps, call.act, call.mask, call.running_mean, call.running_var)
+        ctx.found, ctx.has_residual = found, residual is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
+        saved = ctx.saved_tensors
+        gradients = _differentiable if torch.is_grad_enabled() else _backward
+        return (*gradients(ctx.rest, ctx.found, ctx.needs_input_grad, ctx.has_residual, dy, *saved), None, None)
+
+
+_BY_SIGN = ("relu", "leaky_relu")
+
+
+def _backward(
+    rest: tuple, found: Recipe, need: tuple[bool, ...], has_residual: bool, dy: Tensor, x: Tensor,
+    weight: Tensor | None, bias: Tensor | None, extra: Tensor | None, statistics: Tensor, flags: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of x, weight, bias and residual by the kernels."""
+    spec, use_batch, eps, act, mask, _, _ = rest
+    p, n = found.plan, found.statistics
+    dy = _as(dy, x)
+    dx = torch.empty_like(x)
+    kind = "none" if extra is None else "output" if act in _BY_SIGN else "residual"
+    dextra = None if extra is None else torch.empty_like(x)
+    want = need[1] or need[2]
+    w, b = _row_parameters(weight, bias, found)
+    # where the kernels leave parameter gradients: (…, parameter, …), to be summed over the rest
+    size = p.parameters
+    if found.family == "rows":
+        partial = (found.workers, size, 1)
+    elif p.by_a:
+        partial = (found.tasks, size, 1)
+    else:
+        partial = (p.O * found.R * (p.K // p.G), size, p.S if found.family == "columns" else 1)
+    sums = torch.empty((2, *partial), dtype=found.compute) if want else None
+    at = _address(sums)
+    scratch = None
+    if found.family == "columns":
+        scratch = torch.empty(found.scratch_bytes, dtype=torch.uint8)
+    elif found.family == "rows" and want:
+        scratch = torch.empty(found.workers * 2 * size * (8 + found.width), dtype=torch.uint8)
+    run = build.kernel(found.family, "backward", found.dtype, act or "none", kind, flags is not None)
+    where = statistics.data_ptr()
+    for phase in (0,) if found.chunks == 1 else (1, 2):
+        run(
+            found.tasks if found.family == "segments" else found.workers,
+            context.pack(
+                *found.head, phase, use_batch, spec.center, 0, want,
+                x.data_ptr(), dx.data_ptr(), _address(w), _address(b), _address(extra),
+                where, where + 8 * n, 0, 0, dy.data_ptr(), at, at + found.width * math.prod(partial),
+                _address(dextra), _address(scratch), _address(flags), eps, 0.0,
+            ),
+            found.parallel,
+        )  # fmt: skip
+    dweight = dbias = None
+    if sums is not None:
+        if partial[0] > 1 or partial[2] > 1:
+            sums = sums.sum((1, 3))
+        dweight = sums[0].view(weight.shape) if weight is not None and need[1] else None
+        dbias = sums[1].view(bias.shape) if bias is not None and need[2] else None
+    dresidual = None
+    if has_residual and need[3]:
+        dresidual = dextra
+        if dextra is None:
+            dresidual = dy if mask is None else dy * _mask_like(found, x, mask)
+    return dx if need[0] else None, dweight, dbias, dresidual
+
+
+def _mask_like(found: Recipe, x: Tensor, mask: Tensor) -> Tensor:
+    layout = found.plan.layout
+    return mask.reshape(layout.mask_view(tuple(mask.shape))).expand(layout.split).reshape(x.shape)
+
+
+def _differentiable(
+    rest: tuple, found: Recipe, need: tuple[bool, ...], has_residual: bool, dy: Tensor,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, extra: Tensor | None, *_: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The same gradients by torch operators, so that they can be differentiated again."""
+    spec, use_batch, eps, act, mask, running_mean, running_var = rest
+    residual = extra
+    dz = dy
+    if extra is not None and act in _BY_SIGN:  # piecewise linear: the slope is a constant
+        dz = torch.where(extra > 0, dy, dy * (0.0 if act == "relu" else 0.01))
+        act = residual = None
+    if use_batch:  # they were moved by the forward pass, once
+        running_mean = running_var = None
+    call = Call(x, spec, weight, bias, running_mean, running_var, use_batch, 0.0, eps, act, residual, mask)
+    y = native.formula(call, spec.layout(x.shape))
+    wanted = [t if t is not None and need[i] else None for i, t in enumerate((x, weight, bias, residual))]
+    found_gradients = iter(
+        torch.autograd.grad(y, [t for t in wanted if t is not None], dz, create_graph=True, allow_unused=True)
+    )
+    dx, dweight, dbias, dresidual = (None if t is None else next(found_gradients) for t in wanted)
+    if has_residual and residual is None and need[3]:
+        dresidual = dz if mask is None else dz * _mask_like(found, x, mask)
+    return dx, dweight, dbias, dresidual

@@ -1,0 +1,479 @@
+"""Kernels that run along contiguous columns: channels_last, channel norm, and everything whose B is short.
+
+For one o the nest is a matrix of A rows and K·B columns; where that is narrow, R rows are taken as one of R·K·B
+columns, and A counts those. A task is (o, a block of columns, a chunk of rows); the
+columns of a block are summed side by side, and the B columns of one statistic are merged afterwards. With more than one
+chunk there are two phases, two calls: partial sums of every chunk, then merging (by every chunk for itself, so that no
+one waits) and the elementwise part. Masks cover every element.
+
+Column block of a worker in scratch: first doubles, then arrays of T. Partial sums between phases are in scratch too,
+before the workers' own.
+"""
+
+from __future__ import annotations
+
+import math
+
+from . import context as c
+from .scalar import FAST, inner, pointer_f64, pointer_i64, pointer_u8, scalars
+
+# elements of a tile, read twice from the first-level cache
+TILE = 4096
+# arrays of COLUMNS entries that a worker needs: doubles, and T
+DOUBLES, SINGLES = 3, 8
+
+
+def _common(z):
+    """Helpers of both directions."""
+    T, zero = z.T, z.T(0)
+
+    @inner(FAST)
+    def clear(p, length):
+        for j in range(length):
+            p[j] = zero
+
+    @inner(FAST)
+    def parameter(col, B, G, P, S):
+        """The parameter of a column (k, b)."""
+        return ((col // B) % G) * P + (col % B) // S
+
+    width = T(0).itemsize
+
+    @inner(FAST)
+    def own(t, worker):
+        """Addresses of this worker's doubles and T arrays."""
+        partial = t[c.O] * t[c.CHUNKS] * 3 * t[c.R] * t[c.K] * t[c.B] * 8
+        start = t[c.SCRATCH] + partial + worker * t[c.COLUMNS] * (DOUBLES * 8 + SINGLES * width)
+        return start, start + t[c.COLUMNS] * DOUBLES * 8
+
+    return clear, parameter, own, width
+
+
+def forward(dtype: str, act: str, extra: str, masked: bool):
+    """Statistics (or given ones), running statistics, and the elementwise part."""
+    z = scalars(dtype, act)
+    T, pt, px, load, store, f = z.T, z.pt, z.px, z.load, z.store, z.f
+    zero, one = T(0), T(1)
+    clear, parameter, own, width = _common(z)
+    residual = extra == "residual"
+
+    @inner(FAST)
+    def tile_sums(x, mask, base, stride, rows, cols, pivot, s, q, n):
+        clear(s, cols)
+        clear(q, cols)
+        if masked:
+            clear(n, cols)
+            for a in range(rows):
+                at = base + a * stride
+                for j in range(cols):
+                    valid = mask[at + j] != 0
+                    d = load(x, at + j) - pivot[j] if valid else zero
+                    s[j] += d
+                    q[j] += d * d
+                    n[j] += one if valid else zero
+            return
+        a = 0
+        while a + 4 <= rows:  # four rows a sweep: the sums are loaded and stored a fourth as often
+            a0 = base + a * stride
+            a1, a2, a3 = a0 + stride, a0 + 2 * stride, a0 + 3 * stride
+            for j in range(cols):
+                p = pivot[j]
+                d0, d1, d2, d3 = load(x, a0 + j) - p, load(x, a1 + j) - p, load(x, a2 + j) - p, load(x, a3 + j) - p
+                s[j] += (d0 + d1) + (d2 + d3)
+                q[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+            a += 4
+        while a < rows:
+            at = base + a * stride
+            for j in range(cols):
+                d = load(x, at + j) - pivot[j]
+                s[j] += d
+                q[j] += d * d
+            a += 1
+
+    @inner(FAST)
+    def repivot(pivot, s, q, n, rows, cols):
+        """Whether some pivot lies far from its column's mean in this tile; if so all move there."""
+        far = zero
+        for j in range(cols):
+            count = n[j] if masked else T(rows)
+            excess = s[j] * s[j] - T(16) * (q[j] * count - s[j] * s[j])
+            far = one if excess > zero else far
+        if far > zero:
+            for j in range(cols):
+                count = max(n[j], one) if masked else T(rows)
+                pivot[j] += s[j] / count
+        return far > zero
+
+    @inner(FAST)
+    def merge(pivot, s, q, n, rows, cols, before, mean, squares, counts):
+        """Take the tile's sums into the chunk's mean and squares (Chan et al. 1983)."""
+        share = rows / (before + rows)
+        weight = before * share
+        for j in range(cols):
+            if masked:
+                m = float(n[j])
+                total = counts[j] + m
+                share = m / max(total, 1.0)
+                weight = counts[j] * share
+                counts[j] = total
+                shift = s[j] / max(m, 1.0)
+            else:
+                shift = s[j] / float(rows)
+            delta = float(pivot[j]) + shift - mean[j]
+            mean[j] += delta * share
+            squares[j] += (q[j] - s[j] * shift) + delta * delta * weight
+            pivot[j] = T(mean[j])
+
+    @inner(FAST)
+    def apply(x, y, res, mask, at, cols, high, scale, shift):
+        for j in range(cols):
+            v = (load(x, at + j) - high[j]) * scale[j] + shift[j]
+            if residual:
+                v += load(res, at + j)
+            v = f(v)
+            if masked:
+                v = v if mask[at + j] != 0 else zero
+            store(y, at + j, v)
+
+    @inner(FAST)
+    def apply_by_a(x, y, res, mask, at, cols, high, scale, shift, w, b):
+        for j in range(cols):
+            v = ((load(x, at + j) - high[j]) * scale[j] + shift[j]) * w + b
+            if residual:
+                v += load(res, at + j)
+            v = f(v)
+            if masked:
+                v = v if mask[at + j] != 0 else zero
+            store(y, at + j, v)
+
+    @inner(FAST)
+    def statistics(t, x, mask, base, first_row, last_row, cols, doubles, singles, mean, squares, counts):
+        """Mean and squares of each column over rows of this chunk."""
+        columns, stride = t[c.COLUMNS], t[c.R] * t[c.K] * t[c.B]
+        pivot, s, q = pt(singles), pt(singles + columns * width), pt(singles + 2 * columns * width)
+        n = pt(singles + 3 * columns * width)
+        for j in range(cols):
+            mean[j] = squares[j] = 0.0
+            if masked:
+                counts[j] = 0.0
+                pivot[j] = zero
+            else:
+                pivot[j] = load(x, base + first_row * stride + j)
+        tile = max(8, TILE // cols)
+        a = first_row
+        while a < last_row:
+            rows = min(tile, last_row - a)
+            at = base + a * stride
+            tile_sums(x, mask, at, stride, rows, cols, pivot, s, q, n)
+            if repivot(pivot, s, q, n, rows, cols):
+                tile_sums(x, mask, at, stride, rows, cols, pivot, s, q, n)
+            merge(pivot, s, q, n, rows, cols, float(a - first_row), mean, squares, counts)
+            a += rows
+
+    def kernel(first, last, address):
+        t, d = pointer_i64(address), pointer_f64(address)
+        A, K, B, G, P, S, R = t[c.A], t[c.K], t[c.B], t[c.G], t[c.P], t[c.S], t[c.R]
+        x, y, res = px(t[c.X]), px(t[c.Y]), px(t[c.EXTRA])
+        weight, bias = pt(t[c.WEIGHT]), pt(t[c.BIAS])
+        mean_, var_, mask = pointer_f64(t[c.MEAN]), pointer_f64(t[c.VAR]), pointer_u8(t[c.MASK])
+        running_mean, running_var = pt(t[c.RUNNING_MEAN]), pt(t[c.RUNNING_VAR])
+        eps, new = d[c.EPS], d[c.NEW_WEIGHT]
+        chunks, columns = t[c.CHUNKS], t[c.COLUMNS]
+        width_all = R * K * B
+        blocks = (width_all + columns - 1) // columns
+        for worker in range(first, last):
+            doubles, singles = own(t, worker)
+            for task in range(worker * t[c.TASKS] // t[c.WORKERS], (worker + 1) * t[c.TASKS] // t[c.WORKERS]):
+                chunk, block, o = task % chunks, (task // chunks) % blocks, task // (chunks * blocks)
+                col = block * columns
+                cols = min(columns, width_all - col)
+                base = o * A * width_all + col
+                first_row, last_row = chunk * A // chunks, (chunk + 1) * A // chunks
+                if t[c.USE_BATCH] != 0 and t[c.PHASE] != 2:
+                    if chunks == 1:
+                        mean, squares = pointer_f64(doubles), pointer_f64(doubles + 8 * columns)
+                        counts = pointer_f64(doubles + 16 * columns)
+                    else:
+                        at = t[c.SCRATCH] + ((o * chunks + chunk) * 3 * width_all + col) * 8
+                        mean, squares = pointer_f64(at), pointer_f64(at + 8 * width_all)
+                        counts = pointer_f64(at + 16 * width_all)
+                    statistics(
+                        t, x, mask, base, first_row, last_row, cols, doubles, singles, mean, squares, counts
+                    )  # fmt: skip
+                if t[c.PHASE] == 1:
+                    continue
+                high, scale = pt(singles), pt(singles + columns * width)
+                shift = pt(singles + 2 * columns * width)
+                for k in range(K if R > 1 else cols // B):
+                    kept = col // B + k
+                    at_statistic = o * K + kept
+                    if t[c.USE_BATCH] != 0:
+                        count = mean_k = squares_k = 0.0
+                        for part in range(chunks):
+                            rows = float((part + 1) * A // chunks - part * A // chunks)
+                            for rb in range(R * B):
+                                j = (rb // B * K + k) * B + rb % B
+                                if chunks == 1:
+                                    at = doubles + 8 * j
+                                    step = 8 * columns
+                                else:
+                                    at = t[c.SCRATCH] + ((o * chunks + part) * 3 * width_all + col + j) * 8
+                                    step = 8 * width_all
+                                n = pointer_f64(at + 2 * step)[0] if masked else rows
+                                if n > 0:
+                                    total = count + n
+                                    delta = pointer_f64(at)[0] - mean_k
+                                    mean_k += delta * (n / total)
+                                    squares_k += pointer_f64(at + step)[0] + delta * delta * (count * n / total)
+                                    count = total
+                        var_k = max(squares_k, 0.0) / max(count, 1.0)
+                        if chunk == 0 and t[c.UPDATE] != 0 and count > 0:
+                            if t[c.CENTER] != 0:
+                                unbiased = max(squares_k, 0.0) / max(count - 1, 1.0)
+                                running_mean[kept] = T((1 - new) * running_mean[kept] + new * mean_k)
+                                running_var[kept] = T((1 - new) * running_var[kept] + new * unbiased)
+                            else:
+                                second = var_k + mean_k * mean_k
+                                running_var[kept] = T((1 - new) * running_var[kept] + new * second)
+                        if t[c.CENTER] == 0:
+                            var_k += mean_k * mean_k
+                            mean_k = 0.0
+                        if chunk == 0:
+                            mean_[at_statistic], var_[at_statistic] = mean_k, var_k
+                    else:
+                        mean_k, var_k = mean_[kept], var_[kept]
+                    rstd = 1 / math.sqrt(var_k + eps)
+                    top = T(mean_k)
+                    for rb in range(R * B):
+                        j = (rb // B * K + k) * B + rb % B
+                        index = parameter(col + j, B, G, P, S)
+                        high[j] = top
+                        own_weight = t[c.BY_A] == 0 and t[c.WEIGHT] != 0
+                        w = rstd * weight[index] if own_weight else rstd
+                        v = -(mean_k - top) * w
+                        if t[c.BY_A] == 0 and t[c.BIAS] != 0:
+                            v += bias[index]
+                        scale[j], shift[j] = T(w), T(v)
+                for a in range(first_row, last_row):
+                    at = base + a * width_all
+                    if t[c.BY_A] != 0:
+                        w = weight[a] if t[c.WEIGHT] != 0 else one
+                        b_ = bias[a] if t[c.BIAS] != 0 else zero
+                        apply_by_a(x, y, res, mask, at, cols, high, scale, shift, w, b_)
+                    else:
+                        apply(x, y, res, mask, at, cols, high, scale, shift)
+
+    return kernel
+
+
+def backward(dtype: str, act: str, extra: str, masked: bool):
+    """dz, dweight, dbias and dx.
+
+    Parameter gradients are left per column at o·K·B + column, or, where the parameter is `a`, per (o, block)
+    at (o·blocks + block)·A + a.
+    """
+    z = scalars(dtype, act)
+    T, pt, px, load, store, slope = z.T, z.pt, z.px, z.load, z.store, z.slope
+    zero, one = T(0), T(1)
+    clear, parameter, own, width = _common(z)
+
+    @inner(FAST)
+    def gradient(x, dy, extra_, mask, at, high, scale, shift, w, b):
+        """dz and x − mean at one element; z = (d·scale + shift)·w + b, with w = 1, b = 0 but for by_a."""
+        d = load(x, at) - high
+        g = load(dy, at)
+        if act != "none":
+            if extra == "output":
+                v = load(extra_, at)
+            else:
+                v = (d * scale + shift) * w + b
+                if extra == "residual":
+                    v += load(extra_, at)
+            g *= slope(v)
+        if masked:
+            valid = mask[at] != 0
+            g = g if valid else zero
+            d = d if valid else zero
+        return g, d
+
+    @inner(FAST)
+    def row_sums(x, dy, extra_, mask, at, cols, high, scale, shift, s, q, n):
+        for j in range(cols):
+            g, d = gradient(x, dy, extra_, mask, at + j, high[j], scale[j], shift[j], one, zero)
+            s[j] += g
+            q[j] += g * d
+            if masked:
+                n[j] += one if mask[at + j] != 0 else zero
+
+    @inner(FAST)
+    def row_sums_by_a(x, dy, extra_, mask, at, cols, high, scale, shift, s, q, n, w, b):
+        dw = db = zero
+        for j in range(cols):
+            g, d = gradient(x, dy, extra_, mask, at + j, high[j], scale[j], shift[j], w, b)
+            db += g
+            dw += g * (d * scale[j] + shift[j])
+            g *= w
+            s[j] += g
+            q[j] += g * d
+            if masked:
+                n[j] += one if mask[at + j] != 0 else zero
+        return dw, db
+
+    @inner(FAST)
+    def flush(s, q, n, sums, sums_x, counts, cols):
+        for j in range(cols):
+            sums[j] += s[j]
+            sums_x[j] += q[j]
+            s[j] = q[j] = zero
+            if masked:
+                counts[j] += n[j]
+                n[j] = zero
+
+    @inner(FAST)
+    def apply(x, dy, extra_, dx, dextra, mask, at, cols, high, scale, shift, c1, c2, c3):
+        for j in range(cols):
+            g, d = gradient(x, dy, extra_, mask, at + j, high[j], scale[j], shift[j], one, zero)
+            v = g * c1[j] + (d * c2[j] + c3[j])
+            if masked:
+                v = v if mask[at + j] != 0 else zero
+            store(dx, at + j, v)
+            if extra != "none":
+                store(dextra, at + j, g)
+
+    @inner(FAST)
+    def apply_by_a(x, dy, extra_, dx, dextra, mask, at, cols, high, scale, shift, c1, c2, c3, w, b):
+        for j in range(cols):
+            g, d = gradient(x, dy, extra_, mask, at + j, high[j], scale[j], shift[j], w, b)
+            v = g * w * c1[j] + (d * c2[j] + c3[j])
+            if masked:
+                v = v if mask[at + j] != 0 else zero
+            store(dx, at + j, v)
+            if extra != "none":
+                store(dextra, at + j, g)
+
+    def kernel(first, last, address):
+        t, d = pointer_i64(address), pointer_f64(address)
+        A, K, B, G, P, S, R = t[c.A], t[c.K], t[c.B], t[c.G], t[c.P], t[c.S], t[c.R]
+        x, dx, dy = px(t[c.X]), px(t[c.Y]), px(t[c.DY])
+        extra_, dextra = px(t[c.EXTRA]), px(t[c.DEXTRA])
+        weight, bias = pt(t[c.WEIGHT]), pt(t[c.BIAS])
+        mean_, var_, mask = pointer_f64(t[c.MEAN]), pointer_f64(t[c.VAR]), pointer_u8(t[c.MASK])
+        dweight, dbias = pt(t[c.DWEIGHT]), pt(t[c.DBIAS])
+        chunks, columns, by_a = t[c.CHUNKS], t[c.COLUMNS], t[c.BY_A] != 0
+        width_all = R * K * B
+        blocks = (width_all + columns - 1) // columns
+        for worker in range(first, last):
+            doubles, singles = own(t, worker)
+            high, scale = pt(singles), pt(singles + columns * width)
+            shift, c1 = pt(singles + 2 * columns * width), pt(singles + 3 * columns * width)
+            c2, c3 = pt(singles + 4 * columns * width), pt(singles + 5 * columns * width)
+            n_ = pt(singles + 6 * columns * width)
+            for task in range(worker * t[c.TASKS] // t[c.WORKERS], (worker + 1) * t[c.TASKS] // t[c.WORKERS]):
+                chunk, block, o = task % chunks, (task // chunks) % blocks, task // (chunks * blocks)
+                col = block * columns
+                cols = min(columns, width_all - col)
+                base = o * A * width_all + col
+                first_row, last_row = chunk * A // chunks, (chunk + 1) * A // chunks
+                for j in range(cols):
+                    kept = (col + j) // B % K
+                    at_statistic = o * K + kept if t[c.USE_BATCH] != 0 else kept
+                    mean = mean_[at_statistic]
+                    w = 1 / math.sqrt(var_[at_statistic] + d[c.EPS])
+                    index = parameter(col + j, B, G, P, S)
+                    if not by_a and t[c.WEIGHT] != 0:
+                        w *= weight[index]
+                    high[j] = T(mean)
+                    v = -(mean - high[j]) * w
+                    if not by_a and t[c.BIAS] != 0:
+                        v += bias[index]
+                    scale[j], shift[j] = T(w), T(v)
+                if t[c.PHASE] != 2:
+                    if chunks == 1:
+                        at = doubles
+                        step = 8 * columns
+                    else:
+                        at = t[c.SCRATCH] + ((o * chunks + chunk) * 3 * width_all + col) * 8
+                        step = 8 * width_all
+                    sums, sums_x, counts = pointer_f64(at), pointer_f64(at + step), pointer_f64(at + 2 * step)
+                    for j in range(cols):
+                        sums[j] = sums_x[j] = counts[j] = 0.0
+                    # c2, c3 and n are free until the sums are known
+                    clear(c2, cols)
+                    clear(c3, cols)
+                    clear(n_, cols)
+                    pending = 0
+                    tile = max(8, TILE // cols)
+                    for a in range(first_row, last_row):
+                        row = base + a * width_all
+                        if by_a:
+                            w_a = weight[a] if t[c.WEIGHT] != 0 else one
+                            b_a = bias[a] if t[c.BIAS] != 0 else zero
+                            dw, db = row_sums_by_a(
+                                x, dy, extra_, mask, row, cols, high, scale, shift, c2, c3, n_, w_a, b_a
+                            )  # fmt: skip
+                            if t[c.WANT_PARAMETERS] != 0:
+                                dweight[(o * blocks + block) * A + a] = dw
+                                dbias[(o * blocks + block) * A + a] = db
+                        else:
+                            row_sums(x, dy, extra_, mask, row, cols, high, scale, shift, c2, c3, n_)
+                        pending += 1
+                        if pending == tile:
+                            flush(c2, c3, n_, sums, sums_x, counts, cols)
+                            pending = 0
+                    flush(c2, c3, n_, sums, sums_x, counts, cols)
+                if t[c.PHASE] == 1:
+                    continue
+                for k in range(K if R > 1 else cols // B):
+                    kept = col // B + k
+                    at_statistic = o * K + kept if t[c.USE_BATCH] != 0 else kept
+                    mean = mean_[at_statistic]
+                    rstd = 1 / math.sqrt(var_[at_statistic] + d[c.EPS])
+                    low = mean - T(mean)
+                    sum_g = sum_gx = count = 0.0
+                    for rb in range(R * B):
+                        j = (rb // B * K + k) * B + rb % B
+                        index = parameter(col + j, B, G, P, S)
+                        w = float(weight[index]) if not by_a and t[c.WEIGHT] != 0 else 1.0
+                        total = total_x = 0.0
+                        for part in range(chunks):
+                            if chunks == 1:
+                                at = doubles + 8 * j
+                                step = 8 * columns
+                            else:
+                                at = t[c.SCRATCH] + ((o * chunks + part) * 3 * width_all + col + j) * 8
+                                step = 8 * width_all
+                            total += pointer_f64(at)[0]
+                            total_x += pointer_f64(at + step)[0]
+                            if masked:
+                                count += pointer_f64(at + 2 * step)[0]
+                        total_x -= low * total
+                        if chunk == 0 and not by_a and t[c.WANT_PARAMETERS] != 0:
+                            dweight[o * width_all + col + j] = T(total_x * rstd)
+                            dbias[o * width_all + col + j] = T(total)
+                        sum_g += w * total
+                        sum_gx += w * total_x
+                    if not masked:
+                        count = float(A * R * B)
+                    count = max(count, 1.0)
+                    if t[c.USE_BATCH] != 0:
+                        v2 = -rstd * rstd * rstd * sum_gx / count
+                        v3 = -low * v2
+                        if t[c.CENTER] != 0:
+                            v3 -= rstd * sum_g / count
+                    else:
+                        v2 = v3 = 0.0
+                    for rb in range(R * B):
+                        j = (rb // B * K + k) * B + rb % B
+                        c1[j], c2[j], c3[j] = scale[j], T(v2), T(v3)
+                for a in range(first_row, last_row):
+                    row = base + a * width_all
+                    if by_a:
+                        w_a = weight[a] if t[c.WEIGHT] != 0 else one
+                        b_a = bias[a] if t[c.BIAS] != 0 else zero
+                        apply_by_a(
+                            x, dy, extra_, dx, dextra, mask, row, cols, high, scale, shift, c1, c2, c3, w_a, b_a
+                        )  # fmt: skip
+                    else:
+                        apply(x, dy, extra_, dx, dextra, mask, row, cols, high, scale, shift, c1, c2, c3)
+
+    return kernel

@@ -1,0 +1,325 @@
+"""Scalars inside the kernels: loads and stores of every type, activations and their derivatives.
+
+Everything here is straight-line arithmetic, so that LLVM vectorizes the loops around it; calls of libm would stop it.
+Half types are kept as 16-bit integers and computed in float32. Polynomials: Cephes (exp, tanh) and the
+fractional-error form of erfc in Numerical Recipes, section 6.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic as _numba_intrinsic
+
+# the decorated function takes one argument less than it is written with, which type checkers cannot know
+intrinsic: Any = _numba_intrinsic
+
+# reductions may be reordered and products fused; NaN and infinity keep their meaning
+FAST = {"reassoc", "contract", "nsz", "arcp"}
+# fused products only: for range reductions, whose steps must happen in the order written
+STRICT = {"contract"}
+
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_F32, _F64 = ir.FloatType(), ir.DoubleType()
+
+
+def _pointer_intrinsic(element: types.Type, llvm: ir.Type):
+    @intrinsic
+    def pointer(typing_context, address):
+        """int64 address -> typed pointer."""
+
+        def codegen(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], llvm.as_pointer())
+
+        return types.CPointer(element)(types.int64), codegen
+
+    return pointer
+
+
+pointer_f32 = _pointer_intrinsic(types.float32, _F32)
+pointer_f64 = _pointer_intrinsic(types.float64, _F64)
+pointer_u16 = _pointer_intrinsic(types.uint16, _I16)
+pointer_u8 = _pointer_intrinsic(types.uint8, ir.IntType(8))
+pointer_i64 = _pointer_intrinsic(types.int64, _I64)
+
+
+@intrinsic
+def _bf16_to_f32(typing_context, bits):
+    def codegen(context, builder, signature, arguments):
+        wide = builder.shl(builder.zext(arguments[0], _I32), ir.Constant(_I32, 16))
+        return builder.bitcast(wide, _F32)
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def _f32_to_bf16(typing_context, value):
+    """Round to nearest even; NaN stays a quiet NaN."""
+
+    def codegen(context, builder, signature, arguments):
+        bits = builder.bitcast(arguments[0], _I32)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
+        rounded = builder.lshr(builder.add(bits, builder.add(odd, ir.Constant(_I32, 0x7FFF))), ir.Constant(_I32, 16))
+        nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
+        return builder.trunc(builder.select(nan, ir.Constant(_I32, 0x7FC0), rounded), _I16)
+
+    return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def _f16_to_f32(typing_context, bits):
+    def codegen(context, builder, signature, arguments):
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), _F32)
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def _f32_to_f16(typing_context, value):
+    def codegen(context, builder, signature, arguments):
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), _I16)
+
+    return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def _scale_f32(typing_context, value, exponent):
+    """value · 2^exponent for an integral float exponent in the normal range."""
+
+    def codegen(context, builder, signature, arguments):
+        shifted = builder.shl(builder.fptosi(arguments[1], _I32), ir.Constant(_I32, 23))
+        return builder.bitcast(builder.add(builder.bitcast(arguments[0], _I32), shifted), _F32)
+
+    return types.float32(types.float32, types.float32), codegen
+
+
+@intrinsic
+def _scale_f64(typing_context, value, exponent):
+    def codegen(context, builder, signature, arguments):
+        shifted = builder.shl(builder.fptosi(arguments[1], _I64), ir.Constant(_I64, 52))
+        return builder.bitcast(builder.add(builder.bitcast(arguments[0], _I64), shifted), _F64)
+
+    return types.float64(types.float64, types.float64), codegen
+
+
+f32, f64 = np.float32, np.float64
+
+
+def inner(fastmath: set[str]) -> Callable:
+    """Decorator for a function called inside a kernel: no exceptions (a division by zero gives infinity)."""
+    return njit(fastmath=fastmath, error_model="numpy", forceinline=True)
+
+
+_strict = inner(STRICT)
+
+
+def _single() -> SimpleNamespace:
+    """float32: exp by a degree-5 polynomial after Cody–Waite reduction, relative error below 2e-7."""
+    low, high = f32(-87.0), f32(88.0)
+    log2e, magic = f32(1.44269504), f32(12582912.0)  # adding 1.5·2^23 rounds to an integer
+    ln2_high, ln2_low = f32(0.693359375), f32(-2.12194440e-4)
+    c0, c1, c2, c3, c4, c5 = map(
+        f32, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+    )
+    one, half = f32(1), f32(0.5)
+
+    @_strict
+    def exp(x):
+        x = low if x < low else x
+        x = high if x > high else x
+        k = (x * log2e + magic) - magic
+        r = (x - k * ln2_high) - k * ln2_low
+        p = c0
+        p = p * r + c1
+        p = p * r + c2
+        p = p * r + c3
+        p = p * r + c4
+        p = p * r + c5
+        return _scale_f32(p * (r * r) + r + one, k)
+
+    t0, t1, t2, t3, t4 = map(
+        f32, (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
+    )
+    near = f32(0.625)
+
+    @_strict
+    def tanh(x):
+        a = abs(x)
+        s = x * x
+        small = ((((t0 * s + t1) * s + t2) * s + t3) * s + t4) * s * x + x
+        e = exp(-(a + a))
+        large = (one - e) / (one + e)
+        large = -large if x < f32(0) else large
+        return small if a < near else large
+
+    e0, e1, e2, e3, e4, e5, e6, e7, e8, e9 = map(
+        f32,
+        (-1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806, 0.27886807, -1.13520398, 1.48851587,
+         -0.82215223, 0.17087277),
+    )  # fmt: skip
+    root = f32(math.sqrt(0.5))
+
+    @_strict
+    def normal_cdf(x):
+        z = abs(x) * root
+        t = one / (one + half * z)
+        p = e0 + t * (e1 + t * (e2 + t * (e3 + t * (e4 + t * (e5 + t * (e6 + t * (e7 + t * (e8 + t * e9))))))))
+        tail = half * t * exp(p - z * z)
+        return tail if x < f32(0) else one - tail
+
+    return SimpleNamespace(exp=exp, tanh=tanh, normal_cdf=normal_cdf)
+
+
+def _double() -> SimpleNamespace:
+    """float64: a degree-13 Taylor exp, relative error below 3e-16; erf and tanh from libm, exact before fast."""
+    low, high = -708.0, 709.0
+    log2e, magic = 1.4426950408889634, 6755399441055744.0
+    ln2_high, ln2_low = 6.93147180369123816490e-01, 1.90821492927058770002e-10
+    c = tuple(1 / math.factorial(i) for i in range(13, 1, -1))
+    c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11 = c
+
+    @_strict
+    def exp(x):
+        x = low if x < low else x
+        x = high if x > high else x
+        k = (x * log2e + magic) - magic
+        r = (x - k * ln2_high) - k * ln2_low
+        p = c0
+        p = p * r + c1
+        p = p * r + c2
+        p = p * r + c3
+        p = p * r + c4
+        p = p * r + c5
+        p = p * r + c6
+        p = p * r + c7
+        p = p * r + c8
+        p = p * r + c9
+        p = p * r + c10
+        p = p * r + c11
+        return _scale_f64(p * (r * r) + r + 1.0, k)
+
+    root = math.sqrt(0.5)
+
+    @_strict
+    def tanh(x):
+        return math.tanh(x)
+
+    @_strict
+    def normal_cdf(x):
+        return 0.5 * math.erfc(-x * root)
+
+    return SimpleNamespace(exp=exp, tanh=tanh, normal_cdf=normal_cdf)
+
+
+def _activation(name: str, T, functions: SimpleNamespace) -> tuple[Callable, Callable]:
+    """The activation f(z) and its derivative f'(z), in the type T."""
+    exp, tanh, normal_cdf = functions.exp, functions.tanh, functions.normal_cdf
+    zero, one, slope, density = T(0), T(1), T(0.01), T(1 / math.sqrt(2 * math.pi))
+    half = T(0.5)
+
+    @_strict
+    def sigmoid(z):
+        return one / (one + exp(-z))
+
+    if name == "none":
+        return _strict(lambda z: z), _strict(lambda z: one)
+    if name == "relu":  # as torch: NaN passes, the derivative at 0 is 0
+        return _strict(lambda z: zero if z <= zero else z), _strict(lambda z: zero if z <= zero else one)
+    if name == "leaky_relu":
+        return _strict(lambda z: z if z > zero else z * slope), _strict(lambda z: one if z > zero else slope)
+    if name == "sigmoid":
+
+        @_strict
+        def sigmoid_slope(z):
+            s = sigmoid(z)
+            return s * (one - s)
+
+        return sigmoid, sigmoid_slope
+    if name == "tanh":
+
+        @_strict
+        def tanh_slope(z):
+            t = tanh(z)
+            return one - t * t
+
+        return tanh, tanh_slope
+    if name == "silu":
+
+        @_strict
+        def silu(z):
+            return z * sigmoid(z)
+
+        @_strict
+        def silu_slope(z):
+            s = sigmoid(z)
+            return s * (one + z * (one - s))
+
+        return silu, silu_slope
+    if name == "gelu":
+
+        @_strict
+        def gelu(z):
+            return z * normal_cdf(z)
+
+        @_strict
+        def gelu_slope(z):
+            return normal_cdf(z) + z * density * exp(-half * z * z)
+
+        return gelu, gelu_slope
+    raise ValueError(f"no such activation: {name}")
+
+
+@_strict
+def _plain_load(p, i):
+    return p[i]
+
+
+@_strict
+def _plain_store(p, i, v):
+    p[i] = v
+
+
+@_strict
+def _load_bf16(p, i):
+    return _bf16_to_f32(p[i])
+
+
+@_strict
+def _store_bf16(p, i, v):
+    p[i] = _f32_to_bf16(v)
+
+
+@_strict
+def _load_f16(p, i):
+    return _f16_to_f32(p[i])
+
+
+@_strict
+def _store_f16(p, i, v):
+    p[i] = _f32_to_f16(v)
+
+
+_SINGLE, _DOUBLE = _single(), _double()
+_TYPES = {
+    "float32": (f32, pointer_f32, pointer_f32, _plain_load, _plain_store, _SINGLE),
+    "float64": (f64, pointer_f64, pointer_f64, _plain_load, _plain_store, _DOUBLE),
+    "bfloat16": (f32, pointer_f32, pointer_u16, _load_bf16, _store_bf16, _SINGLE),
+    "float16": (f32, pointer_f32, pointer_u16, _load_f16, _store_f16, _SINGLE),
+}
+
+
+def scalars(dtype: str, act: str) -> SimpleNamespace:
+    """What a kernel for this type and activation is written with.
+
+    `T` computes, `pt` points to T (parameters), `px` to the stored type; `load`, `store` convert; `f`, `slope` are the
+    activation and its derivative.
+    """
+    T, pt, px, load, store, functions = _TYPES[dtype]
+    f, slope = _activation(act, T, functions)
+    return SimpleNamespace(T=T, pt=pt, px=px, load=load, store=store, f=f, slope=slope)
