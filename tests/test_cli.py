@@ -33,17 +33,14 @@ def command(monkeypatch, capsys):
 
 
 def metrics(folder):
+    """Arm, seed, status and the metrics of every epoch but its times."""
     with Journal(folder / "journal.sqlite", mode="read") as journal:
-        return [
-            (
-                run.arm,
-                run.seed,
-                run.status,
-                [{k: v for k, v in m.items() if "seconds" not in k} for m in epochs.values()],
-            )
-            for run in journal.runs()
-            for epochs in [journal.epochs(run.id)]
-        ]
+        found = []
+        for run in journal.runs():
+            epochs = journal.epochs(run.id).values()
+            kept = [{key: value for key, value in epoch.items() if "seconds" not in key} for epoch in epochs]
+            found.append((run.arm, run.seed, run.status, kept))
+        return found
 
 
 def test_a_smoke_study_end_to_end(command, tmp_path):
@@ -253,5 +250,6 @@ def test_killed_and_interrupted_studies_lose_an_epoch_at_most(command, tmp_path)
 @pytest.mark.slow
 def test_help_is_quick():
     """Help imports no plotting, no statistics and no data: torch, which the package itself needs, is the most of it."""
-    code = "import sys, normwright.cli; print([m for m in ('plotly', 'scipy', 'sklearn', 'PIL', 'numba') if m in sys.modules])"
+    heavy = ("plotly", "scipy", "sklearn", "PIL", "numba")
+    code = f"import sys, normwright.cli; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -56,7 +56,7 @@ def test_norms_take_the_place_of_the_arm_and_its_contrasts():
     assert "group norm (2 groups) against no norm" in study.contrasts[0].text
     assert [arm.name for arm in STUDY.with_norms(["none"]).arms] == ["none"]
     assert STUDY.with_norms(["none"]).contrasts == ()
-    with pytest.raises(UserError, match="--norm takes .*got 'bogus'"):
+    with pytest.raises(UserError, match=r"--norm takes .*got 'bogus'"):
         STUDY.with_norms(["bogus"])
 
 
@@ -65,7 +65,7 @@ def test_the_package_has_lenet_and_names_it_when_asked_for_another():
     found, source = find("lenet")
     assert found is STUDY
     assert source.startswith('"""Does batch norm make LeNet better?')
-    with pytest.raises(UserError, match="no study 'resnet'.*lenet"):
+    with pytest.raises(UserError, match=r"no study 'resnet'.*lenet"):
         find("resnet")
 
 
