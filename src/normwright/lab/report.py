@@ -211,7 +211,7 @@ def _contrast_figure(page: Page) -> dict[str, Any]:
         _dots(traces, at, values, (middle, bounds), _colour(page, contrast["first"][0]), "circle", "+.2f")
     least = 100 * page.verdicts[0][0]["least"]
     names = [_wrap(contrast["text"]) for contrast, _, _ in page.verdicts]
-    layout = _rows_layout(names, "difference, points", 74, zeroline=True)
+    layout = _rows_layout(names, "difference, points", 74, zeroline=True, rangemode="tozero")
     line = {"color": "--muted", "width": 1, "dash": "dot"}
     layout["shapes"] = [
         {"type": "line", "xref": "x", "yref": "paper", "x0": least, "x1": least, "y0": 0, "y1": 1, "line": line}
