@@ -237,8 +237,8 @@ def test_in_a_browser(folder, browser, width, scheme):
     box = dot.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2 + 40, box["y"] + box["height"] / 2)
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=5)
-    page.wait_for_function("document.querySelector('#plot-final .hoverlayer .hovertext') !== null", timeout=5_000)
-    assert "seed" in page.locator("#plot-final .hoverlayer .hovertext").first.text_content()
+    # On its way the mouse crosses other marks, so the text is waited for.
+    page.locator("#plot-final .hoverlayer .hovertext", has_text="seed 0: 0.8000").wait_for(timeout=10_000)
     # A column sorts from the keyboard, and says so to a screen reader.
     button = page.locator("table.sortable thead button", has_text="Seed")
     button.focus()
