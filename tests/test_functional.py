@@ -539,6 +539,13 @@ def test_mask_of_another_shape_or_type_is_refused():
             nw.normalize(x, spec, mask=torch.ones(4, dtype=wrong))
 
 
+@pytest.mark.parametrize("mask", [None, torch.ones(4, dtype=torch.bool)], ids=["", "mask"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
+def test_only_floating_point_is_normalized(dtype, mask):
+    with pytest.raises(TypeError, match="takes floating-point tensors; got torch"):
+        nw.normalize(torch.ones(4, 3).to(dtype), CATALOG["BatchNorm"].spec, mask=mask)
+
+
 def test_shape_that_does_not_fit_the_pattern():
     with pytest.raises(nw.PatternError, match="at least 2 dimensions"):
         nw.normalize(torch.randn(4), CATALOG["BatchNorm"].spec)

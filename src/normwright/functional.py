@@ -54,10 +54,14 @@ def normalize(
             no statistic; the result and all gradients are zero there, whatever it holds.
 
     Errors: `PatternError` if the shape does not fit the pattern, `ValueError` for a wrong activation, residual, mask or
-    missing statistics.
+    missing statistics, `TypeError` for integers.
     """
     if act is not None:
         check_act(act)
+    if not x.is_floating_point():
+        raise TypeError(
+            f"A normalization divides and takes floating-point tensors; got {x.dtype}. Convert with x.float()."
+        )
     if residual is not None and residual.shape != x.shape:
         raise ValueError(
             f"A residual is added element by element and has the input's shape {tuple(x.shape)}; "

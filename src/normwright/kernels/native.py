@@ -76,7 +76,7 @@ def normalize(call: Call, prepared: object = None) -> Tensor:
         y = torch.instance_norm(
             x, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, torch.backends.cudnn.enabled
         )
-    elif operator == "group_norm" and not _channels_last(x):
+    elif operator == "group_norm" and ((x.is_cpu and x.dim() > 3) or not _channels_last(x)):
         y = torch.group_norm(x, _groups(spec, x), weight, bias, eps, torch.backends.cudnn.enabled)
     elif operator == "layer_norm":
         y = torch.layer_norm(x, _trailing(spec, x), weight, bias, eps, torch.backends.cudnn.enabled)
@@ -90,7 +90,7 @@ def normalize(call: Call, prepared: object = None) -> Tensor:
 
 
 def _channels_last(x: Tensor) -> bool:
-    """Whether x is dense with its channels innermost: a layout that torch's instance and group norm lose."""
+    """Whether x is dense with its channels innermost: torch's instance norm loses it, and group norm on a GPU."""
     if x.dim() < 3 or x.is_contiguous():
         return False
     # by strides, because vmap does not answer is_contiguous(memory_format=...)
