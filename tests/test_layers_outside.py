@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from scipy import integrate, stats
 from tolerances import assert_close
@@ -215,6 +216,26 @@ def test_reference_lower_precision(name, dtype, training):
         buffer = getattr(layer, key)
         assert buffer.dtype == torch.float32
         assert_close(buffer, np.reshape(getattr(cache, key), buffer.shape), n, what=key)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", MAKE)
+def test_half_input_is_rounded_once(name, training):
+    """What float32 computes from the same values, rounded to the input's type."""
+    for dtype in (torch.bfloat16, torch.float16):
+        x = make_x((4, C, 3, 4), dtype)
+        y = build(name).train(training)(x)
+        wanted = build(name).train(training)(x.float()).to(dtype)
+        # torch's own kernels may order their sums otherwise for half types
+        within = torch.finfo(dtype).eps if name in ("BatchRenorm", "SplitBatchNorm") else 0.0
+        torch.testing.assert_close(y, wanted, rtol=within, atol=0.0)
+
+
+def test_probability_integral_at_a_large_mean_in_float32():
+    x = (torch.randn(20_000, 1) + 3000).requires_grad_()
+    layer, exact = PIT(1, momentum=1.0), PIT(1, momentum=1.0).double()
+    assert (layer(x) - exact(x.double())).abs().max() < 1e-5
+    assert (layer.running_quantiles - exact.running_quantiles).abs().max() < 3e-4  # rounding of 3000
 
 
 @pytest.mark.parametrize("name", ["BatchRenorm", "EvoNormB0", "SwitchNorm", "EvoNormS0", "Whitening"])
@@ -1005,7 +1026,7 @@ def test_probability_integral_of_as_many_values_as_knots_is_ranks():
 
 
 def test_probability_integral_of_ties_and_constants():
-    layer = PIT(2, affine=False)
+    layer = PIT(2, affine=False, momentum=1.0)
     x = torch.stack([torch.full((400,), 2.5), torch.randn(400).relu()], 1).requires_grad_()
     y = layer(x)
     y.pow(3).sum().backward()
@@ -1020,6 +1041,10 @@ def test_probability_integral_of_ties_and_constants():
     out = layer.eval()(torch.tensor([[2.4, -100.0], [2.6, 100.0]]))
     assert out.isfinite().all()
     assert (out[1] > out[0]).all()
+    # below tied knots it goes on like standardization
+    below = layer(torch.tensor([[0.0, -2.0], [0.0, -1.0]]))[:, 1]
+    sd = layer.running_quantiles[1].var(correction=0).add(1e-5).sqrt()
+    assert float((below[1] - below[0]).detach()) == pytest.approx(1 / float(sd), rel=1e-4)
 
 
 def test_probability_integral_memory_is_linear():
