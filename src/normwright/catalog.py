@@ -44,7 +44,7 @@ CATALOG: dict[str, Row] = {
             "weight, bias: (c); running_mean, running_var: (c)",
             _STANDARDIZE,
             "Ioffe & Szegedy 2015, arXiv:1502.03167",
-            ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"),
+            ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"),
             (((6, 3), {}), ((4, 3, 5), {}), ((4, 3, 5, 2), {}), ((2, 3, 2, 3, 2), {})),
             "Running statistics replace the batch's at evaluation.",
         ),
@@ -128,7 +128,7 @@ CATALOG: dict[str, Row] = {
         Row(
             "BatchRenorm",
             None,
-            "weight, bias: (c); running_mean, running_var: (c)",
+            "weight, bias: (c); running_mean, running_var: (c); r_max, d_max: ()",
             "y = ((x − mean_B) / sd_B · r + d) · weight + bias, "
             "r = clip(sd_B / sd), d = clip((mean_B − mean) / sd), r and d constant",
             "Ioffe 2017, arXiv:1702.03275",
@@ -137,7 +137,7 @@ CATALOG: dict[str, Row] = {
         Row(
             "SplitBatchNorm",
             None,
-            "weight, bias: (c) shared; running statistics: (c) for each of n splits",
+            "weight, bias: (c); running_mean, running_var: (n, c), one row a split",
             "a batch norm for each of n equal parts of the batch (domains)",
             "auxiliary batch norm, Xie et al. 2020, arXiv:1911.09665",
             ("SplitBatchNorm",),

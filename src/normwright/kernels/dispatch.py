@@ -1,8 +1,8 @@
 """Which kernel runs: `choose` decides, `explain` says why, `use` demands.
 
 A backend is a module with `prepare(call, demanded)`, which returns a sentence that says why it cannot run this call, or
-(unless it was demanded) should not, and otherwise whatever it wants back in `normalize(call, prepared)`. The order of `BACKENDS` is the order of preference;
-native, which comes after them, refuses nothing.
+(unless it was demanded) should not, and otherwise whatever it wants back in `normalize(call, prepared)`. The order of
+`BACKENDS` is the order of preference; native, which comes after them, refuses nothing.
 """
 
 from __future__ import annotations

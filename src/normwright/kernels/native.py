@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec import Layout, NormSpec
-from .call import Call
+from .call import Call, check_sizes
 
 __all__ = ["ACTIVATIONS", "activate", "batch_statistics", "formula", "normalize", "update_running"]
 
@@ -67,6 +67,7 @@ def normalize(call: Call, prepared: object = None) -> Tensor:
     x, spec, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, act, residual, mask = call
     # asked for on every path, because it is what refuses a shape that does not fit the pattern
     layout = spec.layout_uncached(x.shape) if torch.compiler.is_compiling() else spec.layout(x.shape)
+    check_sizes(call, math.prod(layout.affine_shape), math.prod(layout.running_shape))
     operator = torch_operator(spec) if mask is None and x.numel() else None
     if operator == "batch_norm":
         y = torch.batch_norm(
@@ -119,6 +120,8 @@ def formula(call: Call, layout: Layout) -> Tensor:
     x, spec, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, act, residual, mask = call
     center = spec.center
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if x.requires_grad and not torch.compiler.is_compiling() and _channels_last(x):
+        x = x.as_strided(x.shape, x.stride())  # whose gradient has these strides, whatever layout dy came in
     t = x.reshape(layout.split).to(compute)
     valid = None
     if mask is not None:

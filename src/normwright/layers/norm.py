@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..catalog import CATALOG
 from ..functional import check_act, normalize
 from ..spec import NormSpec, Pattern, PatternError, parse
-from .twins import _BatchNorm
+from .twins import _as_leaf, _BatchNorm, _is_proxy
 
 __all__ = ["ChannelNorm", "FilterResponseNorm", "GhostBatchNorm", "Norm"]
 
@@ -130,13 +130,17 @@ class Norm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        if _is_proxy(x):
+            return _as_leaf(self, x, residual, mask)
         use_batch_stats = self.training or self.running_var is None
         new_weight = self.new_weight or 0.0
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.new_weight is None:
                 new_weight = 1.0 / float(self.num_batches_tracked)
-        if use_batch_stats and self.running_var is not None and x.numel() == self.running_var.numel():
+        shape = x.shape
+        layout = self.spec.layout_uncached(shape) if torch.compiler.is_compiling() else self.spec.layout(shape)
+        if use_batch_stats and self.running_var is not None and layout.count == 1:
             raise ValueError(
                 f"Running statistics need more than 1 value per statistic; {self.spec.pattern!r} on "
                 f"{tuple(x.shape)} has one. Use a larger batch, or evaluate with running statistics."
@@ -250,6 +254,8 @@ class ChannelNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        if _is_proxy(x):
+            return _as_leaf(self, x, residual, mask)
         if x.dim() < 2 or x.size(1) != self.num_channels:
             raise RuntimeError(
                 f"Expected input of shape (N, {self.num_channels}, …), as num_channels={self.num_channels}; got "
@@ -297,6 +303,8 @@ class FilterResponseNorm(nn.Module):
         nn.init.zeros_(self.threshold)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if _is_proxy(x):
+            return _as_leaf(self, x, None, mask)
         if x.dim() < 3 or x.size(1) != self.num_features:
             raise RuntimeError(
                 f"Expected input of shape (N, {self.num_features}, places…), as num_features={self.num_features}; got "

@@ -89,10 +89,23 @@ class _Twin(nn.Module):
         return twin if self.act is None else nn.Sequential(twin, _ACT_MODULES[self.act]())
 
 
+def _is_proxy(x: object) -> bool:
+    """Whether torch.fx is tracing: x then stands for a tensor that is not there."""
+    return type(x) is not Tensor and type(x).__module__ == "torch.fx.proxy"
+
+
+def _as_leaf(module: nn.Module, x: Any, residual: Any, mask: Any) -> Any:
+    """Put the module into the traced graph whole, as torch.fx does with the classes of torch.nn."""
+    given = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), given)
+
+
 class _BatchNorm(_Twin):
     spec = CATALOG["BatchNorm"].spec  # type: ignore[assignment]
 
     def forward(self: Any, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        if _is_proxy(x):
+            return _as_leaf(self, x, residual, mask)
         self._check_input_dim(x)
         training = self.training
         new_weight = 0.0 if self.momentum is None else self.momentum
@@ -169,6 +182,8 @@ class _InstanceNorm(_Twin):
     spec = CATALOG["InstanceNorm"].spec  # type: ignore[assignment]
 
     def forward(self: Any, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        if _is_proxy(x):
+            return _as_leaf(self, x, residual, mask)
         self._check_input_dim(x)
         channel_dim = x.dim() - self._get_no_batch_dim()
         if x.size(channel_dim) != self.num_features:
@@ -288,6 +303,8 @@ class LayerNorm(_TrailingNorm, nn.LayerNorm):
     _center = True
 
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        if _is_proxy(x):
+            return _as_leaf(self, x, residual, mask)
         self._check(x)
         return normalize(
             x, self.spec, self.weight, self.bias, eps=self.eps, act=self.act, residual=residual, mask=mask
@@ -306,6 +323,8 @@ class RMSNorm(_TrailingNorm, nn.RMSNorm):
     _center = False
 
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        if _is_proxy(x):
+            return _as_leaf(self, x, residual, mask)
         self._check(x)
         eps = self.eps
         if eps is None:
@@ -334,6 +353,8 @@ class GroupNorm(_Twin, nn.GroupNorm):
         return self._spec
 
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        if _is_proxy(x):
+            return _as_leaf(self, x, residual, mask)
         if x.dim() < 2 or x.size(1) != self.num_channels:
             raise RuntimeError(
                 f"Expected input of shape (N, {self.num_channels}, *), as num_channels={self.num_channels}; got "

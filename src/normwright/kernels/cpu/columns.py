@@ -17,8 +17,8 @@ import math
 from . import context as c
 from .scalar import FAST, inner, pointer_f64, pointer_i64, pointer_u8, scalars
 
-# elements of a tile, read twice from the first-level cache
-TILE = 4096
+# elements whose sums are taken in float32 before they are merged in double: at 512 columns, 64 rows
+TILE = 32768
 # arrays of COLUMNS entries that a worker needs: doubles, and T
 DOUBLES, SINGLES = 3, 8
 
@@ -32,11 +32,6 @@ def _common(z):
         for j in range(length):
             p[j] = zero
 
-    @inner(FAST)
-    def parameter(col, B, G, P, S):
-        """The parameter of a column (k, b)."""
-        return ((col // B) % G) * P + (col % B) // S
-
     width = T(0).itemsize
 
     @inner(FAST)
@@ -46,7 +41,7 @@ def _common(z):
         start = t[c.SCRATCH] + partial + worker * t[c.COLUMNS] * (DOUBLES * 8 + SINGLES * width)
         return start, start + t[c.COLUMNS] * DOUBLES * 8
 
-    return clear, parameter, own, width
+    return clear, own, width
 
 
 def forward(dtype: str, act: str, extra: str, masked: bool):
@@ -54,7 +49,7 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
     z = scalars(dtype, act)
     T, pt, px, load, store, f = z.T, z.pt, z.px, z.load, z.store, z.f
     zero, one = T(0), T(1)
-    clear, parameter, own, width = _common(z)
+    clear, own, width = _common(z)
     residual = extra == "residual"
 
     @inner(FAST)
@@ -178,7 +173,7 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
         mean_, var_, mask = pointer_f64(t[c.MEAN]), pointer_f64(t[c.VAR]), pointer_u8(t[c.MASK])
         running_mean, running_var = pt(t[c.RUNNING_MEAN]), pt(t[c.RUNNING_VAR])
         eps, new = d[c.EPS], d[c.NEW_WEIGHT]
-        chunks, columns = t[c.CHUNKS], t[c.COLUMNS]
+        chunks, columns, by_a = t[c.CHUNKS], t[c.COLUMNS], t[c.BY_A] != 0
         width_all = R * K * B
         blocks = (width_all + columns - 1) // columns
         for worker in range(first, last):
@@ -211,21 +206,40 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
                         count = mean_k = squares_k = 0.0
                         for part in range(chunks):
                             rows = float((part + 1) * A // chunks - part * A // chunks)
-                            for rb in range(R * B):
-                                j = (rb // B * K + k) * B + rb % B
-                                if chunks == 1:
-                                    at = doubles + 8 * j
-                                    step = 8 * columns
-                                else:
-                                    at = t[c.SCRATCH] + ((o * chunks + part) * 3 * width_all + col + j) * 8
-                                    step = 8 * width_all
-                                n = pointer_f64(at + 2 * step)[0] if masked else rows
-                                if n > 0:
-                                    total = count + n
-                                    delta = pointer_f64(at)[0] - mean_k
-                                    mean_k += delta * (n / total)
-                                    squares_k += pointer_f64(at + step)[0] + delta * delta * (count * n / total)
-                                    count = total
+                            if chunks == 1:
+                                at = doubles
+                                step = 8 * columns
+                            else:
+                                at = t[c.SCRATCH] + ((o * chunks + part) * 3 * width_all + col) * 8
+                                step = 8 * width_all
+                            mean, squares = pointer_f64(at), pointer_f64(at + step)
+                            counts = pointer_f64(at + 2 * step)
+                            if masked:
+                                for rb in range(R * B):
+                                    j = (rb // B * K + k) * B + rb % B
+                                    if counts[j] > 0:
+                                        total = count + counts[j]
+                                        delta = mean[j] - mean_k
+                                        mean_k += delta * (counts[j] / total)
+                                        squares_k += squares[j] + delta * delta * (count * counts[j] / total)
+                                        count = total
+                                continue
+                            # columns of one chunk count the same: their merge needs no division
+                            middle = spread = 0.0
+                            for r in range(R):
+                                for b in range(B):
+                                    middle += mean[(r * K + k) * B + b]
+                            middle /= R * B
+                            for r in range(R):
+                                for b in range(B):
+                                    j = (r * K + k) * B + b
+                                    spread += squares[j] + rows * (mean[j] - middle) * (mean[j] - middle)
+                            n = rows * (R * B)
+                            total = count + n
+                            delta = middle - mean_k
+                            mean_k += delta * (n / total)
+                            squares_k += spread + delta * delta * (count * n / total)
+                            count = total
                         var_k = max(squares_k, 0.0) / max(count, 1.0)
                         if chunk == 0 and t[c.UPDATE] != 0 and count > 0:
                             if t[c.CENTER] != 0:
@@ -244,19 +258,21 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
                         mean_k, var_k = mean_[kept], var_[kept]
                     rstd = 1 / math.sqrt(var_k + eps)
                     top = T(mean_k)
-                    for rb in range(R * B):
-                        j = (rb // B * K + k) * B + rb % B
-                        index = parameter(col + j, B, G, P, S)
-                        high[j] = top
-                        own_weight = t[c.BY_A] == 0 and t[c.WEIGHT] != 0
-                        w = rstd * weight[index] if own_weight else rstd
+                    use_weight = not by_a and t[c.WEIGHT] != 0
+                    use_bias = not by_a and t[c.BIAS] != 0
+                    for p in range(P):
+                        index = (kept % G) * P + p
+                        w = rstd * weight[index] if use_weight else rstd
                         v = -(mean_k - top) * w
-                        if t[c.BY_A] == 0 and t[c.BIAS] != 0:
+                        if use_bias:
                             v += bias[index]
-                        scale[j], shift[j] = T(w), T(v)
+                        for r in range(R):
+                            start = ((r * K + k) * P + p) * S
+                            for j in range(start, start + S):
+                                high[j], scale[j], shift[j] = top, T(w), T(v)
                 for a in range(first_row, last_row):
                     at = base + a * width_all
-                    if t[c.BY_A] != 0:
+                    if by_a:
                         w = weight[a] if t[c.WEIGHT] != 0 else one
                         b_ = bias[a] if t[c.BIAS] != 0 else zero
                         apply_by_a(x, y, res, mask, at, cols, high, scale, shift, w, b_)
@@ -275,7 +291,7 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
     z = scalars(dtype, act)
     T, pt, px, load, store, slope = z.T, z.pt, z.px, z.load, z.store, z.slope
     zero, one = T(0), T(1)
-    clear, parameter, own, width = _common(z)
+    clear, own, width = _common(z)
 
     @inner(FAST)
     def gradient(x, dy, extra_, mask, at, high, scale, shift, w, b):
@@ -360,6 +376,7 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
         mean_, var_, mask = pointer_f64(t[c.MEAN]), pointer_f64(t[c.VAR]), pointer_u8(t[c.MASK])
         dweight, dbias = pt(t[c.DWEIGHT]), pt(t[c.DBIAS])
         chunks, columns, by_a = t[c.CHUNKS], t[c.COLUMNS], t[c.BY_A] != 0
+        want = t[c.WANT_PARAMETERS] != 0 and not by_a
         width_all = R * K * B
         blocks = (width_all + columns - 1) // columns
         for worker in range(first, last):
@@ -374,19 +391,25 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
                 cols = min(columns, width_all - col)
                 base = o * A * width_all + col
                 first_row, last_row = chunk * A // chunks, (chunk + 1) * A // chunks
-                for j in range(cols):
-                    kept = (col + j) // B % K
+                kept_here = K if R > 1 else cols // B
+                use_weight = not by_a and t[c.WEIGHT] != 0
+                use_bias = not by_a and t[c.BIAS] != 0
+                for k in range(kept_here):
+                    kept = col // B + k
                     at_statistic = o * K + kept if t[c.USE_BATCH] != 0 else kept
                     mean = mean_[at_statistic]
-                    w = 1 / math.sqrt(var_[at_statistic] + d[c.EPS])
-                    index = parameter(col + j, B, G, P, S)
-                    if not by_a and t[c.WEIGHT] != 0:
-                        w *= weight[index]
-                    high[j] = T(mean)
-                    v = -(mean - high[j]) * w
-                    if not by_a and t[c.BIAS] != 0:
-                        v += bias[index]
-                    scale[j], shift[j] = T(w), T(v)
+                    rstd = 1 / math.sqrt(var_[at_statistic] + d[c.EPS])
+                    top = T(mean)
+                    for p in range(P):
+                        index = (kept % G) * P + p
+                        w = rstd * weight[index] if use_weight else rstd
+                        v = -(mean - top) * w
+                        if use_bias:
+                            v += bias[index]
+                        for r in range(R):
+                            start = ((r * K + k) * P + p) * S
+                            for j in range(start, start + S):
+                                high[j], scale[j], shift[j] = top, T(w), T(v)
                 if t[c.PHASE] != 2:
                     if chunks == 1:
                         at = doubles
@@ -423,35 +446,36 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
                     flush(c2, c3, n_, sums, sums_x, counts, cols)
                 if t[c.PHASE] == 1:
                     continue
-                for k in range(K if R > 1 else cols // B):
+                for k in range(kept_here):
                     kept = col // B + k
                     at_statistic = o * K + kept if t[c.USE_BATCH] != 0 else kept
                     mean = mean_[at_statistic]
                     rstd = 1 / math.sqrt(var_[at_statistic] + d[c.EPS])
                     low = mean - T(mean)
                     sum_g = sum_gx = count = 0.0
-                    for rb in range(R * B):
-                        j = (rb // B * K + k) * B + rb % B
-                        index = parameter(col + j, B, G, P, S)
-                        w = float(weight[index]) if not by_a and t[c.WEIGHT] != 0 else 1.0
-                        total = total_x = 0.0
-                        for part in range(chunks):
-                            if chunks == 1:
-                                at = doubles + 8 * j
-                                step = 8 * columns
-                            else:
-                                at = t[c.SCRATCH] + ((o * chunks + part) * 3 * width_all + col + j) * 8
-                                step = 8 * width_all
-                            total += pointer_f64(at)[0]
-                            total_x += pointer_f64(at + step)[0]
-                            if masked:
-                                count += pointer_f64(at + 2 * step)[0]
-                        total_x -= low * total
-                        if chunk == 0 and not by_a and t[c.WANT_PARAMETERS] != 0:
-                            dweight[o * width_all + col + j] = T(total_x * rstd)
-                            dbias[o * width_all + col + j] = T(total)
-                        sum_g += w * total
-                        sum_gx += w * total_x
+                    for p in range(P):
+                        w = float(weight[(kept % G) * P + p]) if use_weight else 1.0
+                        for r in range(R):
+                            start = ((r * K + k) * P + p) * S
+                            for j in range(start, start + S):
+                                total = total_x = 0.0
+                                for part in range(chunks):
+                                    if chunks == 1:
+                                        at = doubles + 8 * j
+                                        step = 8 * columns
+                                    else:
+                                        at = t[c.SCRATCH] + ((o * chunks + part) * 3 * width_all + col + j) * 8
+                                        step = 8 * width_all
+                                    total += pointer_f64(at)[0]
+                                    total_x += pointer_f64(at + step)[0]
+                                    if masked:
+                                        count += pointer_f64(at + 2 * step)[0]
+                                total_x -= low * total
+                                if chunk == 0 and want:
+                                    dweight[o * width_all + col + j] = T(total_x * rstd)
+                                    dbias[o * width_all + col + j] = T(total)
+                                sum_g += w * total
+                                sum_gx += w * total_x
                     if not masked:
                         count = float(A * R * B)
                     count = max(count, 1.0)
@@ -462,9 +486,10 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
                             v3 -= rstd * sum_g / count
                     else:
                         v2 = v3 = 0.0
-                    for rb in range(R * B):
-                        j = (rb // B * K + k) * B + rb % B
-                        c1[j], c2[j], c3[j] = scale[j], T(v2), T(v3)
+                    for r in range(R):
+                        start = (r * K + k) * B
+                        for j in range(start, start + B):
+                            c1[j], c2[j], c3[j] = scale[j], T(v2), T(v3)
                 for a in range(first_row, last_row):
                     row = base + a * width_all
                     if by_a:
