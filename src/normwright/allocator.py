@@ -8,9 +8,9 @@ thresholds raised, freed memory stays in the process and the next tensor takes i
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 __all__ = ["AllocatorTuning", "tune_allocator"]
@@ -22,7 +22,6 @@ _M_MMAP_MAX = -4
 
 # mallopt takes a C int
 _INT_MAX = 2**31 - 1
-_OTHERS = ("jemalloc", "tcmalloc", "mimalloc", "snmalloc", "hoard")
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,9 @@ def _tune() -> AllocatorTuning:
         library = ""
     if library != "glibc":
         return AllocatorTuning(False, "Nothing was set: this is glibc's allocator only, and the C library is another.")
-    if other := next(_other_allocators(), None):
-        return AllocatorTuning(False, f"Nothing was set: {other} is loaded in place of glibc's allocator.")
+    owner = _malloc_from()
+    if not owner.startswith(("libc.", "libc-")):
+        return AllocatorTuning(False, f"Nothing was set: malloc is that of {owner} and not glibc's.")
     mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
     if mallopt(_M_TRIM_THRESHOLD, _INT_MAX) != 1:
         return AllocatorTuning(False, f"Nothing was set: glibc {version} refused a trim threshold of {_INT_MAX} bytes.")
@@ -111,10 +111,19 @@ def _tune() -> AllocatorTuning:
     return AllocatorTuning(True, reason, None, _INT_MAX)
 
 
-def _other_allocators() -> Iterator[str]:
-    """Allocators among the libraries of this process, by the names of their files."""
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-        names = {line.split(maxsplit=5)[5].strip().rpartition("/")[2] for line in maps if ".so" in line}
-    for name in sorted(names):
-        if name.startswith("lib") and any(other in name for other in _OTHERS):
-            yield name
+class _DlInfo(ctypes.Structure):
+    _fields_ = (
+        ("dli_fname", ctypes.c_char_p),
+        ("dli_fbase", ctypes.c_void_p),
+        ("dli_sname", ctypes.c_char_p),
+        ("dli_saddr", ctypes.c_void_p),
+    )
+
+
+def _malloc_from() -> str:
+    """The name of the file whose malloc this process calls: a preloaded allocator's, or the C library's."""
+    program = ctypes.CDLL(None)
+    info = _DlInfo()
+    if not program.dladdr(ctypes.cast(program.malloc, ctypes.c_void_p), ctypes.byref(info)):
+        return "an unknown file"
+    return os.path.basename(os.fsdecode(info.dli_fname))

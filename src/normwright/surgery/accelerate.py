@@ -367,7 +367,7 @@ def _runs(modules: list[Any]) -> Iterator[tuple[nn.Module, str | None, list[nn.M
     i = 0
     while i < len(modules):
         module, act, end = modules[i], None, i + 1
-        if type(module) in _TWIN_CLASSES:
+        if type(module) in _TWIN_CLASSES and module.act is None:
             while end < len(modules) and type(modules[end]) is nn.Identity:
                 end += 1
             act = _act_of(modules[end]) if end < len(modules) else None
@@ -499,6 +499,20 @@ class _Proxy(fx.Proxy):
         return _Proxy
 
 
+def _inplace(name: str, left: Any, right: Any) -> Any:
+    """`left += right` and its like: writes into a tensor, makes a new number."""
+    return getattr(operator, name)(left, right)
+
+
+def _record_inplace(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda self, other: self.tracer.create_proxy("call_function", _inplace, (name, self, other), {})
+
+
+# fx knows none of these, so Python makes `x += y` an `x + y` that leaves x alone
+for _name in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", _record_inplace(_name))
+
+
 def _outside_torch(frame: Any) -> bool:
     while frame.f_globals.get("__name__") == "abc":  # isinstance with an abstract class
         frame = frame.f_back
@@ -576,8 +590,10 @@ def _trace(block: nn.Module) -> tuple[fx.Graph, int, tuple[tuple[str, str, Any],
             if not torch.equal(drawn, torch.get_rng_state()) or draws != random.getstate():
                 raise _NotProved("its forward draws random numbers that a trace would fix")
         for module, attributes in state:
-            for key, value in {**attributes, **vars(module)}.items():
-                if attributes.get(key, _MISSING) is not value or vars(module).get(key, _MISSING) is not value:
+            for key in attributes.keys() | vars(module).keys():
+                if key.startswith("_tensor_constant"):
+                    raise _NotProved("its forward makes a tensor that a trace would fix")
+                if attributes.get(key, _MISSING) is not vars(module).get(key, _MISSING):
                     raise _NotProved(f"its forward sets self.{key}")
         graphs.append(graph)
         reads |= _baked(trial, found)
@@ -587,11 +603,6 @@ def _trace(block: nn.Module) -> tuple[fx.Graph, int, tuple[tuple[str, str, Any],
     for other, why in ((1, "training mode or on gradients"), (2, "autocast")):
         if texts[other] != texts[0]:
             raise _NotProved(f"its forward depends on {why}")
-    known = {name for name, _ in chain(block.named_parameters(remove_duplicate=False), block.named_modules())}
-    known |= {name for name, _ in block.named_buffers(remove_duplicate=False)}
-    for node in graphs[0].nodes:
-        if node.op == "get_attr" and node.target not in known:
-            raise _NotProved("its forward makes a tensor that a trace would fix")
     return graphs[0], len(inputs), tuple(sorted(reads, key=repr))
 
 
@@ -725,14 +736,16 @@ def _plain_act(user: fx.Node, last: fx.Node) -> str | None:
 
 def _addition(user: fx.Node, last: fx.Node) -> tuple[str, fx.Node] | None:
     """The step and the other operand if this node adds one to `last`."""
-    step = None
-    if user.op == "call_function":
+    step, operands = None, user.args
+    if user.target is _inplace:
+        step, operands = str(user.args[0]), user.args[1:]
+    elif user.op == "call_function":
         step = _ADDS.get(user.target)
     elif user.op == "call_method":
         step = _ADD_METHODS.get(str(user.target))
-    if step is None or user.kwargs or len(user.args) != 2:
+    if step not in ("add", "iadd") or user.kwargs or len(operands) != 2:
         return None
-    left, right = user.args
+    left, right = operands
     other = right if left is last else left
     # `identity += out` writes into identity, which others may read
     if other is last or not isinstance(other, fx.Node) or (step == "iadd" and left is not last):
