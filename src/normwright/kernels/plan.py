@@ -66,7 +66,7 @@ def plan(spec: NormSpec, shape: tuple[int, ...], strides: tuple[int, ...]) -> Pl
         order = tuple(range(len(shape)))
     # entries of `split` in memory order, those of size 1 left out
     starts = [sum(layout.parts[:d]) for d in range(len(shape))]
-    entries = [i for d in order for i in range(starts[d], starts[d] + layout.parts[d]) if layout.split[i] > 1]
+    entries = [i for d in order for i in range(starts[d], starts[d] + layout.parts[d]) if layout.split[i] != 1]
     runs: list[tuple[bool, list[int]]] = []
     for i in entries:
         reduced = i in layout.reduced
@@ -101,7 +101,7 @@ def _dense(shape: list[int], strides: list[int]) -> bool:
 
 def _parameters(layout: Layout, places: dict[str, list[int]]) -> tuple[int, int, bool]:
     """G, P and by_a; `NoPlan` where the parameters are none of the broadcasts that the kernels know."""
-    affine = {i for i, size in enumerate(layout.affine_view) if size > 1}
+    affine = {i for i, size in enumerate(layout.affine_view) if size != 1}
     where = {place: [i for i in run if i in affine] for place, run in places.items()}
     listed = [i for place in "OAKB" for i in where[place]]
     if listed != sorted(listed):
