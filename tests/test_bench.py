@@ -238,13 +238,14 @@ def test_the_time_for_a_row_ends_it_but_not_before_five_turns(clock):
 def test_figures_of_a_row_by_hand(monkeypatch):
     """The ratio is the median of ratios by turn, not the ratio of medians; bytes count against the copy's 2."""
     times = {
-        "torch": [1.0, 2.0, 3.0, 4.0, 50.0],
+        "torch": [1.5, 2.0, 3.0, 4.0, 50.0],
         "ours": [1.0, 1.0, 1.0, 4.0, 10.0],
         "copy": [1.0, 1.0, 1.0, 1.0, 1.0],
     }
     monkeypatch.setattr(b, "measure", lambda calls, repeat, seconds: {name: times[name] for name in calls})
     (result,) = b.bench([b.Row("BN", SMALL, "NCHW")], kernel="native")
-    assert result.ratio == b.Timing(2.0, 1.0, 3.0)  # of 1, 2, 3, 1, 5
+    assert result.ratio == b.Timing(2.0, 1.5, 3.0)  # of 1.5, 2, 3, 1, 5
+    assert result.best == 1.5
     assert result.ours == b.Timing(1.0, 1.0, 4.0)
     assert (result.kernel, result.turns, result.traffic) == ("native", 5, 5)
     assert result.of_copy == 2.5
@@ -300,7 +301,7 @@ def test_json_lines(app, tmp_path):
     assert out.read_text(encoding="utf-8") == done.stdout
     assert about["type"] == "environment"
     assert {"cpu", "cores", "torch", "numpy", "numba", "normwright", "commit", "date", "load"} <= about.keys()
-    assert (about["threads"], about["allocator"]) == (1, "as it is")
+    assert (about["threads"], about["allocator"]) == (1, "As it is.")
     assert (row["type"], row["family"], row["shape"], row["dtype"]) == ("row", "BN", [256, 120], "float32")
     assert (row["kernel"], row["wrong"], row["turns"]) == ("native", "", 5)
     assert 0 < row["ours"]["low"] <= row["ours"]["median"] <= row["ours"]["high"]
