@@ -770,9 +770,9 @@ def remarks(about: dict[str, Any], results: Sequence[Result], total: Summary) ->
     turns = [r.turns for r in results if r.turns]
     lines = [
         "",
-        "torch/ours: median over turns, above 1 ours is faster; of bests: of the shortest times. sizes: the least traffic in sizes of the tensor, where "
-        f"a tile stays in cache up to {about['cache_bytes'] / 2**20:g} MiB. of copy: that traffic per second against "
-        "y.copy_(x).",
+        "torch/ours: median over turns, above 1 ours is faster; of bests: of the shortest times, which a busy machine "
+        "spoils least. sizes: the least traffic in sizes of the tensor, where a tile stays in cache up to "
+        f"{about['cache_bytes'] / 2**20:g} MiB; of copy: that traffic per second against y.copy_(x).",
         f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, {about['capability']}; "
         f"torch {about['torch']}, python {about['python']}, normwright {about['normwright']} at {about['commit']}; "
         f"{about['date']}; load {about['load']} at the start.",
