@@ -65,29 +65,41 @@ def _torch_operator(spec: NormSpec) -> str | None:
 def normalize(call: Call, prepared: object = None) -> Tensor:
     """`act(norm(x) · weight + bias + residual)` by torch operators; arguments as in `functional.normalize`."""
     x, spec, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, act, residual, mask = call
-    # asked for on every path, because it is what refuses a shape that does not fit the pattern
+    operator = torch_operator(spec) if mask is None and x.numel() else None
+    if operator == "batch_norm" and x.dim() > 1:  # the pattern fits, and torch checks the rest
+        y = torch.batch_norm(x, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, _cudnn(x))
+        return _finish(y, act, residual)
+    # this is what refuses a shape that does not fit the pattern
     layout = spec.layout_uncached(x.shape) if torch.compiler.is_compiling() else spec.layout(x.shape)
     check_sizes(call, math.prod(layout.affine_shape), math.prod(layout.running_shape))
-    operator = torch_operator(spec) if mask is None and x.numel() else None
-    if operator == "batch_norm":
-        y = torch.batch_norm(
-            x, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, torch.backends.cudnn.enabled
-        )
-    elif operator == "instance_norm" and not _channels_last(x):
-        y = torch.instance_norm(
-            x, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, torch.backends.cudnn.enabled
-        )
+    if operator == "instance_norm" and not _channels_last(x):
+        y = torch.instance_norm(x, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, _cudnn(x))
     elif operator == "group_norm" and ((x.is_cpu and x.dim() > 3) or not _channels_last(x)):
-        y = torch.group_norm(x, _groups(spec, x), weight, bias, eps, torch.backends.cudnn.enabled)
+        y = torch.group_norm(x, _groups(spec, x), weight, bias, eps, _cudnn(x))
     elif operator == "layer_norm":
-        y = torch.layer_norm(x, _trailing(spec, x), weight, bias, eps, torch.backends.cudnn.enabled)
+        y = torch.layer_norm(x, _trailing(spec, x), weight, bias, eps, _cudnn(x))
     elif operator == "rms_norm" and bias is None and (weight is None or weight.dtype == x.dtype):
         y = torch.rms_norm(x, _trailing(spec, x), weight, eps)
     else:
         return formula(call, layout)
+    return _finish(y, act, residual)
+
+
+# these need their output alone for their gradient, so they may overwrite what the norm's gradient does not need
+_IN_PLACE = {"relu": torch.relu_, "sigmoid": torch.sigmoid_, "tanh": torch.tanh_}
+
+
+def _finish(y: Tensor, act: str | None, residual: Tensor | None) -> Tensor:
+    """Add the residual and activate what an operator of torch has just made."""
     if residual is not None:
         y = (y + residual).to(y.dtype)
-    return activate(y, act)
+    if act is None:
+        return y
+    return _IN_PLACE[act](y) if act in _IN_PLACE else ACTIVATIONS[act](y)
+
+
+def _cudnn(x: Tensor) -> bool:
+    return x.is_cuda and torch.backends.cudnn.enabled
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -130,7 +130,7 @@ class Norm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        if _is_proxy(x):
+        if type(x) is not Tensor and _is_proxy(x):
             return _as_leaf(self, x, residual, mask)
         use_batch_stats = self.training or self.running_var is None
         new_weight = self.new_weight or 0.0
@@ -254,7 +254,7 @@ class ChannelNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        if _is_proxy(x):
+        if type(x) is not Tensor and _is_proxy(x):
             return _as_leaf(self, x, residual, mask)
         if x.dim() < 2 or x.size(1) != self.num_channels:
             raise RuntimeError(
@@ -303,7 +303,7 @@ class FilterResponseNorm(nn.Module):
         nn.init.zeros_(self.threshold)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        if _is_proxy(x):
+        if type(x) is not Tensor and _is_proxy(x):
             return _as_leaf(self, x, None, mask)
         if x.dim() < 3 or x.size(1) != self.num_features:
             raise RuntimeError(

@@ -91,7 +91,7 @@ class _Twin(nn.Module):
 
 def _is_proxy(x: object) -> bool:
     """Whether torch.fx is tracing: x then stands for a tensor that is not there."""
-    return type(x) is not Tensor and type(x).__module__ == "torch.fx.proxy"
+    return type(x).__module__ == "torch.fx.proxy"
 
 
 def _as_leaf(module: nn.Module, x: Any, residual: Any, mask: Any) -> Any:
@@ -104,18 +104,25 @@ class _BatchNorm(_Twin):
     spec = CATALOG["BatchNorm"].spec  # type: ignore[assignment]
 
     def forward(self: Any, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        if _is_proxy(x):
+        if type(x) is not Tensor and _is_proxy(x):
             return _as_leaf(self, x, residual, mask)
         self._check_input_dim(x)
-        training = self.training
-        new_weight = 0.0 if self.momentum is None else self.momentum
-        tracked = not training or self.track_running_stats
-        if training and tracked and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                new_weight = 1.0 / float(self.num_batches_tracked)
-        running_mean, running_var = (self.running_mean, self.running_var) if tracked else (None, None)
-        use_batch_stats = training or (self.running_mean is None and self.running_var is None)
+        training, momentum = self.training, self.momentum
+        # each lookup of a buffer through nn.Module costs 0.3 µs; a small batch norm takes 15
+        try:
+            buffers = self._buffers
+            mean, var, counter = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        except KeyError:  # a subclass keeps them elsewhere
+            mean, var, counter = self.running_mean, self.running_var, self.num_batches_tracked
+        use_batch_stats = training or (mean is None and var is None)
+        new_weight = 0.0 if momentum is None else momentum
+        if training:
+            if not self.track_running_stats:
+                mean = var = None
+            elif counter is not None:
+                counter.add_(1)
+                if momentum is None:
+                    new_weight = 1.0 / float(counter)
         if use_batch_stats and x.numel() == x.size(1) != 0:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {x.size()}: the variance of one "
@@ -131,8 +138,8 @@ class _BatchNorm(_Twin):
             self.spec,
             self.weight,
             self.bias,
-            running_mean=running_mean,
-            running_var=running_var,
+            running_mean=mean,
+            running_var=var,
             use_batch_stats=use_batch_stats,
             new_weight=new_weight,
             eps=self.eps,
@@ -182,7 +189,7 @@ class _InstanceNorm(_Twin):
     spec = CATALOG["InstanceNorm"].spec  # type: ignore[assignment]
 
     def forward(self: Any, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        if _is_proxy(x):
+        if type(x) is not Tensor and _is_proxy(x):
             return _as_leaf(self, x, residual, mask)
         self._check_input_dim(x)
         channel_dim = x.dim() - self._get_no_batch_dim()
@@ -303,7 +310,7 @@ class LayerNorm(_TrailingNorm, nn.LayerNorm):
     _center = True
 
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        if _is_proxy(x):
+        if type(x) is not Tensor and _is_proxy(x):
             return _as_leaf(self, x, residual, mask)
         self._check(x)
         return normalize(
@@ -323,7 +330,7 @@ class RMSNorm(_TrailingNorm, nn.RMSNorm):
     _center = False
 
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        if _is_proxy(x):
+        if type(x) is not Tensor and _is_proxy(x):
             return _as_leaf(self, x, residual, mask)
         self._check(x)
         eps = self.eps
@@ -353,7 +360,7 @@ class GroupNorm(_Twin, nn.GroupNorm):
         return self._spec
 
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        if _is_proxy(x):
+        if type(x) is not Tensor and _is_proxy(x):
             return _as_leaf(self, x, residual, mask)
         if x.dim() < 2 or x.size(1) != self.num_channels:
             raise RuntimeError(

@@ -32,7 +32,7 @@ _NAMES = {
 }
 
 # below this many elements one thread is faster than waking the pool
-SERIAL = 16384
+SERIAL = 100_000
 # elements from which these kernels, and their call from Python, are faster than torch's operator for the pattern
 _WORTH = {
     "batch_norm": 8192,
@@ -188,7 +188,7 @@ def prepare(call: Call, demanded: bool) -> Recipe | ModuleType | str:
     if not size:
         return "the input is empty"
     if not demanded and size < _WORTH[native.torch_operator(call.spec)]:
-        return f"torch's own operators are faster on {size} elements"
+        return "torch's own operators are faster on so few elements"
     found = recipe(call.spec, call.use_batch_stats, x.shape, x.stride(), x.dtype, torch.get_num_threads())
     if not isinstance(found, str) and found.merged and call.running_var is not None and call.use_batch_stats:
         if call.mask is not None:
@@ -366,8 +366,17 @@ def _backward(
         partial = (found.tasks, size, 1)
     else:
         partial = (p.O * found.R * (p.K // p.G), size, p.S if found.family == "columns" else 1)
-    sums = torch.empty((2, *partial), dtype=found.compute) if want else None
-    at = _address(sums)
+    direct = partial[0] == partial[2] == 1  # the kernels then leave the gradients themselves
+    sums = dweight = dbias = None
+    at_weight = at_bias = 0
+    if want and direct:
+        shape = (bias if weight is None else weight).shape  # type: ignore[union-attr]
+        dweight, dbias = torch.empty(shape, dtype=found.compute), torch.empty(shape, dtype=found.compute)
+        at_weight, at_bias = dweight.data_ptr(), dbias.data_ptr()
+    elif want:
+        sums = torch.empty((2, *partial), dtype=found.compute)
+        at_weight = sums.data_ptr()
+        at_bias = at_weight + found.width * math.prod(partial)
     scratch = None
     if found.family == "columns":
         scratch = torch.empty(found.scratch_bytes, dtype=torch.uint8)
@@ -381,23 +390,20 @@ def _backward(
             context.pack(
                 *found.head, phase, use_batch, spec.center, 0, want,
                 x.data_ptr(), dx.data_ptr(), _address(w), _address(b), _address(extra),
-                where, where + 8 * n, 0, 0, dy.data_ptr(), at, at + found.width * math.prod(partial),
+                where, where + 8 * n, 0, 0, dy.data_ptr(), at_weight, at_bias,
                 _address(dextra), _address(scratch), _address(flags), eps, 0.0,
             ),
             found.parallel,
         )  # fmt: skip
-    dweight = dbias = None
     if sums is not None:
-        if partial[0] > 1 or partial[2] > 1:
-            sums = sums.sum((1, 3))
-        dweight = sums[0].view(weight.shape) if weight is not None and need[1] else None
-        dbias = sums[1].view(bias.shape) if bias is not None and need[2] else None
+        shape = (bias if weight is None else weight).shape  # type: ignore[union-attr]
+        dweight, dbias = sums.sum((1, 3)).view(2, *shape).unbind()
     dresidual = None
     if has_residual and need[3]:
         dresidual = dextra
         if dextra is None:
             dresidual = dy if mask is None else dy * _mask_like(found, x, mask)
-    return dx if need[0] else None, dweight, dbias, dresidual
+    return dx if need[0] else None, dweight if need[1] else None, dbias if need[2] else None, dresidual
 
 
 def _mask_like(found: Recipe, x: Tensor, mask: Tensor) -> Tensor:
