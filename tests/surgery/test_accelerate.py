@@ -535,7 +535,7 @@ def test_norm_into_norm_and_two_norms_added(calls):
             super().__init__()
             self.a, self.b, self.c = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
 
-        def forward(self, x):
+        def forward(self, x: "Tensor") -> "Tensor":
             return F.relu(self.b(self.a(x)) + self.c(x))
 
     model = randomized(Rep()).double()
@@ -662,6 +662,10 @@ def test_parts_swapped_afterwards():
     fast = nn.SyncBatchNorm.convert_sync_batchnorm(accelerate(model).model)
     assert type(fast.bn) is nn.SyncBatchNorm
     same_output(model, fast)
+    model = block("F.relu")
+    fast = accelerate(model).model
+    fast.bn.act = "tanh"  # before the ReLU that was joined, not in its place
+    same_output(nn.Sequential(model.conv, model.bn, nn.Tanh(), nn.ReLU()), fast)
     model = block("identity add identity act")
     fast = accelerate(model).model
     model.drop = fast.drop = nn.Hardtanh()

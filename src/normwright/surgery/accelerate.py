@@ -28,6 +28,7 @@ from torch.fx.graph_module import _format_import_block, _forward_from_src
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+from torch.package.importer import ObjMismatchError, ObjNotFoundError, sys_importer
 
 from ..kernels.native import ACTIVATIONS
 from ..layers import twins
@@ -483,8 +484,13 @@ def _fuse(block: nn.Module) -> list[_Fusion]:
     graph, count, reads = _trace(block)
     found = _rewrite(graph, block)
     if found:
+        for node in graph.nodes:
+            node.type = None  # annotations may be strings, or name what cannot be imported
         code = graph.python_code("self")
-        imports = _format_import_block(code.globals, fx.graph_module.sys_importer)  # type: ignore[attr-defined]
+        try:
+            imports = _format_import_block(code.globals, sys_importer)
+        except (ObjNotFoundError, ObjMismatchError) as error:
+            raise _NotProved(f"its forward calls a function that cannot be imported: {error}") from error
         block.__class__ = _traced(cls, imports + code.src, count, reads)
     return found
 
