@@ -89,7 +89,7 @@ class use:
 
 def run(call: Call) -> Tensor:
     """Run the call on the demanded backend, or on the first that does not refuse."""
-    if _demanded is None and _record is None and call.x.numel() < TINY:
+    if _demanded is None and _record is None and not torch.compiler.is_compiling() and call.x.numel() < TINY:
         return native.normalize(call)
     refused: dict[str, str] = {}
     chosen, backend, prepared = "native", native, None
