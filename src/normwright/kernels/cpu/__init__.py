@@ -70,6 +70,7 @@ class Recipe:
     running: int  # running statistics, if there are any
     merged: bool  # running statistics average over several of the batch's
     permuted: bool  # kept axes lie in memory in another order than in the pattern
+    scattered: bool  # statistic k of the batch is not running statistic k
     head: tuple[int, ...]  # the context's first slots, up to the phase
     width: int  # bytes of the type that computes
     scratch_bytes: int  # of the columns family; rows need theirs only backward
@@ -135,8 +136,8 @@ def recipe(
     elif family == "rows":
         workers = min(tasks, threads) if parallel else 1
     layout = p.layout
-    starts = [sum(layout.parts[:d]) for d in range(len(shape))]
-    kept = [d for d in p.order if any(i in layout.kept for i in range(starts[d], starts[d] + layout.parts[d]))]
+    kept = [i for i in _entries(p) if i in layout.kept and layout.split[i] != 1]
+    merged = bool(spec.running) and any(layout.split[i] > 1 for i in layout.merged)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     width = compute.itemsize
     return Recipe(
@@ -152,8 +153,9 @@ def recipe(
         compute=compute,
         statistics=O * K,
         running=math.prod(layout.running_shape),
-        merged=bool(spec.running) and any(layout.split[i] > 1 for i in layout.merged),
+        merged=merged,
         permuted=kept != sorted(kept),
+        scattered=kept != sorted(kept) or (O > 1 and not merged),
         head=(O, A, K, B, p.G, p.P, p.S, p.by_a, R, tasks, workers, chunks, columns),
         width=width,
         scratch_bytes=O * chunks * 3 * R * K * B * 8 + workers * columns * (3 * 8 + 8 * width),
@@ -190,11 +192,11 @@ def prepare(call: Call, demanded: bool) -> Recipe | ModuleType | str:
     if not demanded and size < _WORTH[native.torch_operator(call.spec)]:
         return "torch's own operators are faster on so few elements"
     found = recipe(call.spec, call.use_batch_stats, x.shape, x.stride(), x.dtype, torch.get_num_threads())
-    if not isinstance(found, str) and found.merged and call.running_var is not None and call.use_batch_stats:
-        if call.mask is not None:
+    if not isinstance(found, str) and call.running_var is not None:
+        if found.scattered:
+            return "running statistics whose axes lie apart or in another order in memory have no kernel"
+        if found.merged and call.mask is not None and call.use_batch_stats:
             return "running statistics averaged over samples, with a mask, have no kernel"
-        if found.permuted:
-            return "running statistics averaged over samples have no kernel in this memory order"
     return found
 
 
@@ -311,12 +313,18 @@ def _computed(buffer: Tensor | None, compute: torch.dtype) -> Tensor | None:
 def _expand_mask(found: Recipe, x: Tensor, mask: Tensor) -> Tensor:
     """The mask in the order of memory: for columns one entry an element, otherwise one a position."""
     layout = found.plan.layout
-    full = mask.reshape(layout.mask_view(tuple(mask.shape))).expand(layout.split).reshape(x.shape)
+    full = mask.reshape(layout.mask_view(tuple(mask.shape))).expand(layout.split)
     if found.family != "columns":
-        for d in range(x.dim()):
-            if d not in layout.position_dims:
-                full = full.narrow(d, 0, 1)
-    return full.permute(found.plan.order).contiguous()
+        for i, size in enumerate(layout.affine_view):
+            if size > 1:
+                full = full.narrow(i, 0, 1)
+    return full.permute(_entries(found.plan)).contiguous()
+
+
+def _entries(p: Plan) -> list[int]:
+    """Positions in `split`, outermost in memory first."""
+    parts = p.layout.parts
+    return [sum(parts[:d]) + i for d in p.order for i in range(parts[d])]
 
 
 class _Normalize(torch.autograd.Function):

@@ -28,11 +28,14 @@ def _spec(pattern: str, affine: str, center: bool, running: str, names: list[str
 
 
 def _found(call: Call):
-    """The recipe of a call inside a compiled graph; None where only the formula runs it."""
+    """The recipe of a call inside a compiled graph; None where only the formula runs it.
+
+    Statistics leave the operator in the pattern's order, to move the running ones: they must be computed in it.
+    """
     from . import Recipe, prepare
 
     found = prepare(call, demanded=True)
-    return found if isinstance(found, Recipe) and not found.plan.copy else None
+    return found if isinstance(found, Recipe) and not (found.plan.copy or found.permuted) else None
 
 
 _SCHEMA = (
