@@ -732,6 +732,23 @@ def test_optional_arguments_get_the_original_forward():
     torch.testing.assert_close(receipt.model(X, scale=3.0), model(X, scale=3.0), rtol=1e-10, atol=1e-10)
 
 
+def test_a_required_argument_that_is_no_tensor_gets_the_original_forward():
+    class Maybe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(4)
+
+        def forward(self, x, scale):
+            y = F.relu(self.bn(x))
+            return y if scale is None else y * scale
+
+    model = randomized(Maybe()).double()
+    receipt = accelerate(model)
+    assert receipt.facts["activations fused"] == 1
+    for scale in (X, 2.0, None):
+        torch.testing.assert_close(receipt.model.eval()(X, scale), model.eval()(X, scale), rtol=1e-10, atol=1e-10)
+
+
 def test_children_taken_out_stay_what_they_are():
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.SiLU()).double()
     fast = accelerate(model).model
