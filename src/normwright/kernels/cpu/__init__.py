@@ -364,7 +364,7 @@ def _backward(
     dx = torch.empty_like(x)
     kind = "none" if extra is None else "output" if act in _BY_SIGN else "residual"
     dextra = None if extra is None else torch.empty_like(x)
-    want = need[1] or need[2]
+    want = (need[1] and weight is not None) or (need[2] and bias is not None)
     w, b = _row_parameters(weight, bias, found)
     # where the kernels leave parameter gradients: (…, parameter, …), to be summed over the rest
     size = p.parameters
