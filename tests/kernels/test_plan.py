@@ -87,8 +87,8 @@ BY_HAND = [
 @pytest.mark.parametrize(("name", "sizes", "shape", "layout", "nest", "parameters", "by_a"), BY_HAND)
 def test_nests_by_hand(name, sizes, shape, layout, nest, parameters, by_a):
     p = make(CATALOG[name].make(**sizes), shape, layout)
-    assert (p.O, p.A, p.K, p.B) == nest
-    assert (p.G, p.P, p.S) == parameters
+    assert nest == (p.O, p.A, p.K, p.B)
+    assert parameters == (p.G, p.P, p.S)
     assert p.by_a == by_a
     assert p.copy == (layout == "sliced")
     assert p.count == math.prod(shape) // (p.O * p.K)
@@ -167,7 +167,7 @@ def some_nest(statistic: np.ndarray, parameter: np.ndarray) -> bool:
         if np.array_equal(parameter, by_nest((O, A, K, B), (1, 1, B), True)[1]):
             return True
         for G, P in itertools.product(divisors, repeat=2):
-            cut = K % G == 0 and B % P == 0 and G * P == parameter.max() + 1
+            cut = K % G == 0 and B % P == 0 and parameter.max() + 1 == G * P
             if cut and np.array_equal(parameter, by_nest((O, A, K, B), (G, P, B // P), False)[1]):
                 return True
     return False
