@@ -263,6 +263,8 @@ def _forward(
         statistics = native.batch_statistics(call, found.plan.layout)
     update = use_batch and running_var is not None and not found.merged
     moved = (_computed(running_mean, found.compute), _computed(running_var, found.compute)) if update else (None, None)
+    if update and center and running_mean is None:  # the kernel moves both
+        moved = (torch.empty(found.running, dtype=found.compute), moved[1])
     scratch = torch.empty(found.scratch_bytes, dtype=torch.uint8) if found.family == "columns" else None
     run = build.kernel(
         found.family,
