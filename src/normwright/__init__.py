@@ -1,7 +1,10 @@
 """Normalization in PyTorch networks: fast, correct and understood."""
 
+from typing import TYPE_CHECKING, Any
+
 from torch.nn import LocalResponseNorm
 
+from .allocator import AllocatorTuning, tune_allocator
 from .catalog import CATALOG
 from .functional import ACTIVATIONS, activate, normalize
 from .gradcheck import GradcheckReport, gradcheck
@@ -34,13 +37,16 @@ from .layers.twins import (
 from .layers.weight_standardization import ScaledStdConv2d, WeightStandardization, activation_gain, standardize_weights
 from .layers.whitening import Whitening
 from .spec import NormSpec, PatternError
-from .surgery import Receipt, recalibrate
+
+if TYPE_CHECKING:
+    from .surgery import Receipt, accelerate, recalibrate
 
 __version__ = "0.1.0"
 __all__ = [
     "ACTIVATIONS",
     "CATALOG",
     "GRN",
+    "AllocatorTuning",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -75,6 +81,7 @@ __all__ = [
     "SwitchNorm",
     "WeightStandardization",
     "Whitening",
+    "accelerate",
     "activate",
     "activation_gain",
     "explain",
@@ -83,5 +90,18 @@ __all__ = [
     "recalibrate",
     "schedule_batch_renorm",
     "standardize_weights",
+    "tune_allocator",
     "use",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Receipt", "accelerate", "recalibrate"):  # a quarter of this package's import time, at first use
+        from . import surgery
+
+        return getattr(surgery, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

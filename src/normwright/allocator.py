@@ -52,15 +52,15 @@ def tune_allocator() -> AllocatorTuning:
 
     Sets `M_MMAP_THRESHOLD` and `M_TRIM_THRESHOLD` to 2^31 − 1 bytes, the largest that mallopt takes: tensors of 2 GiB
     and more are as before. A glibc that caps the first at 32 MiB gets `M_MMAP_MAX` 0 in its place. `M_TOP_PAD`, the
-    step in which the heap grows, stays: 64 MiB of it gained nothing and cost up to 100 MB.
+    step in which the heap grows, stays: 64 MiB of it gained nothing.
 
-    Gain: a clone of 52 MB in a fresh process took 25–31 ms at best (36 ms in the median) before and 1.4–1.5 ms (11 ms)
-    after; two cores of an AMD EPYC shared with other work, glibc 2.36, torch 2.13, 30 clones, two processes each.
-    `benchmarks/resnet18.py` measures a training step.
+    Gain: a clone of 52 MB in a fresh process took 25–31 ms at best (36 ms in the median) before and 1.4–1.5 ms
+    (10–19 ms) after; two cores of an AMD EPYC shared with other work, glibc 2.36, torch 2.13, 30 clones, two
+    processes each. `benchmarks/resnet18.py` measures a training step.
 
     Cost: freed memory stays with the process, as much as its largest moment took; another program cannot have it, and
     a hole between two long-lived tensors serves only what fits. In the same measurement the process held 272 MB
-    before and 324–374 MB after, between clones; the largest it ever held was 322 MB before and 324–374 MB after.
+    before and 324–424 MB after, between clones; the largest it ever held was 322 MB before and 324–424 MB after.
 
     Forked children inherit it; spawned ones call it themselves. There is no way back within a process: glibc does not
     tell the values before, and a threshold once set never adapts again. The environment does the same from outside:

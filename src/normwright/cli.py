@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from .bench import command as bench
 from .lab.errors import UserError
 from .spec import PatternError
 
@@ -183,15 +184,26 @@ def norms(
 
 
 def _print_rows(rows: list[Row], console: Console) -> None:
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(show_lines=True)
-    for column in ("name", "pattern", "parameters", "formula", "source"):
-        table.add_column(column, overflow="fold")
+    wide = console.width >= 160  # narrower, five columns fold into a word a line
+    table = Table(box=box.SIMPLE_HEAD, show_lines=wide, pad_edge=False)
+    for column in ("name", "pattern", "parameters", "formula", "source") if wide else ("name", "pattern and facts"):
+        table.add_column(column, overflow="fold", no_wrap=column == "name")
     for row in rows:
         pattern = row.spec.pattern if row.spec else "outside the notation"
-        table.add_row(row.name, *(Text(text) for text in (pattern, row.parameters, row.formula, row.source)))
+        facts = (row.parameters, row.formula, row.source)
+        name = Text(row.name, "bold")
+        if wide:
+            table.add_row(name, Text(pattern), *map(Text, facts))
+        else:
+            shown = Text(pattern, "bold" if row.spec else "italic")
+            for fact, style in zip(facts, ("", "", "dim"), strict=True):
+                shown.append("\n" + fact, style)
+            table.add_row(name, shown)
+            table.add_row()
     console.print(table)
 
 
@@ -288,6 +300,9 @@ def runs(
     from .lab.run import print_runs
 
     print_runs(folder, Console())
+
+
+app.command("bench")(bench)
 
 
 def _fail(message: str) -> NoReturn:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ BACKENDS: dict[str, ModuleType] = {"cpu": cpu}
 TINY = 4096
 
 _demanded: str | None = None
-_record: list[Choice] | None = None
+_record: _Record | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,13 @@ class Choice:
         call = f"{self.where or 'call'}: {self.pattern!r} on {tuple(self.shape)} runs on {self.kernel}"
         why = "; ".join(f"not {name}: {reason}" for name, reason in self.refused.items())
         return f"{call} ({why})" if why else call
+
+
+class _Record(NamedTuple):
+    """What `explain` collects, and the names of the modules that own a tensor."""
+
+    choices: list[Choice]
+    owners: dict[int, str]
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,9 @@ def run(call: Call) -> Tensor:
                 f"Demand another with nw.use(...), or nw.use(None) to let the library choose."
             )
     if _record is not None:
-        _record.append(Choice(chosen, refused, call.spec.pattern, tuple(call.x.shape)))
+        owned = (call.weight, call.bias, call.running_mean, call.running_var)
+        where = next((_record.owners[id(t)] for t in owned if id(t) in _record.owners), "")
+        _record.choices.append(Choice(chosen, refused, call.spec.pattern, tuple(call.x.shape), where))
     return backend.normalize(call, prepared)
 
 
@@ -117,30 +127,22 @@ def explain(module: nn.Module, *inputs: object, **kwargs: object) -> Explanation
     """Say which kernel each normalization in `module(*inputs)` runs on, and why not a faster one.
 
     Runs the forward pass once without gradients; buffers and the random state of the CPU are put back afterwards.
+    Layers are named by the parameters or buffers that their kernel is given.
     """
     global _record
-    names = {child: name or type(child).__name__ for name, child in module.named_modules()}
-    found: list[Choice] = []
-
-    def leave(child: nn.Module, args: object, output: object) -> None:
-        while len(found) < len(record):
-            choice = record[len(found)]
-            found.append(Choice(choice.kernel, choice.refused, choice.pattern, choice.shape, names[child]))
-
+    owners = {
+        id(tensor): name or type(child).__name__
+        for name, child in module.named_modules()
+        for tensor in (*child.parameters(recurse=False), *child.buffers(recurse=False))
+    }
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    handles = []
-    record: list[Choice] = []
-    previous, _record = _record, record
+    previous, _record = _record, _Record([], owners)
     try:
-        for child in names:
-            handles.append(child.register_forward_hook(leave))
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             module(*inputs, **kwargs)
+        return Explanation(tuple(_record.choices))
     finally:
         _record = previous
-        for handle in handles:
-            handle.remove()
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-    return Explanation(tuple(found))

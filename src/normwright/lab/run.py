@@ -14,11 +14,12 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from ..allocator import tune_allocator
 from . import report
 from .data import load
 from .engine import ENGINES, Job, mixed
 from .errors import UserError
-from .journal import Journal, Metrics, Run
+from .journal import Journal, Metrics, Run, environment
 from .journal import Study as Recorded
 from .study import Study, find, plan
 
@@ -238,7 +239,10 @@ def _open(journal: Journal, study: Study, source: str, settings: dict[str, Any],
     """The study's row in the journal, new or, if it is there with the same settings and data, the old one."""
     if not any(recorded.name == study.name for recorded in journal.studies()):
         config = {"description": study.description(), "settings": settings}
-        return journal.create_study(study.name, config, source=source, data_sha256=sha256, command=command)
+        about = {**environment(), "allocator": tune_allocator().reason}
+        return journal.create_study(
+            study.name, config, source=source, data_sha256=sha256, command=command, environment=about
+        )
     recorded = journal.open_study(study.name)
     differ = _differences(recorded.config["settings"], settings)
     if differ:
@@ -300,6 +304,7 @@ def run_study(request: Request) -> Outcome:
     # A network that cannot be built for these images is told before anything is written.
     for arm in study.arms:
         study.build(arms[arm.name], (data.channels, *data.size), len(data.classes))
+    tune_allocator()  # a resumed study trains in a process of its own
     with Journal(folder / "journal.sqlite") as journal:
         recorded = _open(journal, study, source, settings, data.sha256, request.command)
         for seed in seeds:

@@ -1,6 +1,7 @@
 """Operations that mend a model, each `op(model, …) -> Receipt`."""
 
+from .accelerate import accelerate
 from .recalibrate import recalibrate
 from .receipt import Edit, Receipt
 
-__all__ = ["Edit", "Receipt", "recalibrate"]
+__all__ = ["Edit", "Receipt", "accelerate", "recalibrate"]
