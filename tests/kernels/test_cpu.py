@@ -29,7 +29,7 @@ from normwright.kernels.cpu import build
 pytest.importorskip("numba")
 pytestmark = pytest.mark.skipif(build.UNAVAILABLE is not None, reason=str(build.UNAVAILABLE))
 
-# ------------------------------------------------------------------------------------------------------------- places
+# --------------------------------------------------------------------------------------------------------------- places
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def test_the_places_reach_every_cut_of_the_work():
     assert any(f.plan.P > 1 for f in found if f.family == "segments")
 
 
-# ----------------------------------------------------------------------------------------------------------- variants
+# ------------------------------------------------------------------------------------------------------------- variants
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 F32, F64, BF16, F16 = DTYPES
@@ -296,7 +296,7 @@ def test_variants(variant):
                 raise AssertionError(f"{place}, mask {mask}: {error}") from error
 
 
-# ------------------------------------------------------------------------------------------------------- hard numbers
+# --------------------------------------------------------------------------------------------------------- hard numbers
 
 each_place = pytest.mark.parametrize("place", PLACES, ids=str)
 with_and_without_mask = pytest.mark.parametrize("mask", [0, 9], ids=["", "mask"])
@@ -495,7 +495,7 @@ def test_running_statistics_of_half_types_are_rounded_once():
     assert_close(buffers["running_var"], 0.9 + 0.1 * x.var(0), 15)
 
 
-# ------------------------------------------------------------------------------------ what has no kernel, and says so
+# -------------------------------------------------------------------------------------- what has no kernel, and says so
 
 
 @pytest.mark.parametrize(
@@ -544,7 +544,7 @@ def test_a_parameter_of_another_size_is_refused_before_any_kernel_runs():
             nw.normalize(x, CATALOG["BatchNorm"].spec, **more)
 
 
-# ----------------------------------------------------------------------------------------------------------- autograd
+# ------------------------------------------------------------------------------------------------------------- autograd
 
 ONE_OF_EACH = [
     Place("segments", "BatchNorm", (3, 2, 130)),
