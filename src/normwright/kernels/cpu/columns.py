@@ -15,7 +15,18 @@ from __future__ import annotations
 import math
 
 from . import context as c
-from .scalar import FAST, inner, pointer_f64, pointer_i64, pointer_u8, scalars
+from .scalar import (
+    FAST,
+    STAGE,
+    fence,
+    inner,
+    pointer_f64,
+    pointer_i64,
+    pointer_u8,
+    scalars,
+    stage_address,
+    stream,
+)
 
 # elements whose sums are taken in float32 before they are merged in double: at 512 columns, 64 rows
 TILE = 32768
@@ -48,7 +59,7 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
     """Statistics (or given ones), running statistics, and the elementwise part."""
     z = scalars(dtype, act)
     T, pt, px, load, store, f = z.T, z.pt, z.px, z.load, z.store, z.f
-    zero, one = T(0), T(1)
+    zero, one, size = T(0), T(1), z.size
     clear, own, width = _common(z)
     residual = extra == "residual"
 
@@ -120,15 +131,15 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
             pivot[j] = T(mean[j])
 
     @inner(FAST)
-    def apply(x, y, res, mask, at, cols, high, scale, shift):
-        for j in range(cols):
+    def apply(x, y, res, mask, at, to, first, last, high, scale, shift):
+        for j in range(first, last):
             v = (load(x, at + j) - high[j]) * scale[j] + shift[j]
             if residual:
                 v += load(res, at + j)
             v = f(v)
             if masked:
                 v = v if mask[at + j] != 0 else zero
-            store(y, at + j, v)
+            store(y, to + j, v)
 
     @inner(FAST)
     def apply_by_a(x, y, res, mask, at, cols, high, scale, shift, w, b):
@@ -175,6 +186,7 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
         eps, new = d[c.EPS], d[c.NEW_WEIGHT]
         chunks, columns, by_a = t[c.CHUNKS], t[c.COLUMNS], t[c.BY_A] != 0
         width_all = R * K * B
+        stage = stage_address() if t[c.STREAM] != 0 else 0
         blocks = (width_all + columns - 1) // columns
         for worker in range(first, last):
             doubles, singles = own(t, worker)
@@ -277,7 +289,15 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
                         b_ = bias[a] if t[c.BIAS] != 0 else zero
                         apply_by_a(x, y, res, mask, at, cols, high, scale, shift, w, b_)
                     else:
-                        apply(x, y, res, mask, at, cols, high, scale, shift)
+                        if t[c.STREAM] == 0:
+                            apply(x, y, res, mask, at, at, 0, cols, high, scale, shift)
+                            continue
+                        for j in range(0, cols, STAGE):
+                            end = min(j + STAGE, cols)
+                            apply(x, px(stage), res, mask, at, -j, j, end, high, scale, shift)
+                            stream(t[c.Y] + (at + j) * size, stage, (end - j) * size)
+        if t[c.STREAM] != 0:
+            fence()
 
     return kernel
 
@@ -290,7 +310,7 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
     """
     z = scalars(dtype, act)
     T, pt, px, load, store, slope = z.T, z.pt, z.px, z.load, z.store, z.slope
-    zero, one = T(0), T(1)
+    zero, one, size = T(0), T(1), z.size
     clear, own, width = _common(z)
 
     @inner(FAST)
@@ -346,13 +366,13 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
                 n[j] = zero
 
     @inner(FAST)
-    def apply(x, dy, extra_, dx, dextra, mask, at, cols, high, scale, shift, c1, c2, c3):
-        for j in range(cols):
+    def apply(x, dy, extra_, dx, dextra, mask, at, to, first, last, high, scale, shift, c1, c2, c3):
+        for j in range(first, last):
             g, d = gradient(x, dy, extra_, mask, at + j, high[j], scale[j], shift[j], one, zero)
             v = g * c1[j] + (d * c2[j] + c3[j])
             if masked:
                 v = v if mask[at + j] != 0 else zero
-            store(dx, at + j, v)
+            store(dx, to + j, v)
             if extra != "none":
                 store(dextra, at + j, g)
 
@@ -378,6 +398,7 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
         chunks, columns, by_a = t[c.CHUNKS], t[c.COLUMNS], t[c.BY_A] != 0
         want = t[c.WANT_PARAMETERS] != 0 and not by_a
         width_all = R * K * B
+        stage = stage_address() if t[c.STREAM] != 0 else 0
         blocks = (width_all + columns - 1) // columns
         for worker in range(first, last):
             doubles, singles = own(t, worker)
@@ -499,6 +520,16 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
                             x, dy, extra_, dx, dextra, mask, row, cols, high, scale, shift, c1, c2, c3, w_a, b_a
                         )  # fmt: skip
                     else:
-                        apply(x, dy, extra_, dx, dextra, mask, row, cols, high, scale, shift, c1, c2, c3)
+                        if t[c.STREAM] == 0:
+                            apply(x, dy, extra_, dx, dextra, mask, row, row, 0, cols, high, scale, shift, c1, c2, c3)
+                            continue
+                        for j in range(0, cols, STAGE):
+                            end = min(j + STAGE, cols)
+                            apply(
+                                x, dy, extra_, px(stage), dextra, mask, row, -j, j, end, high, scale, shift, c1, c2, c3
+                            )  # fmt: skip
+                            stream(t[c.Y] + (row + j) * size, stage, (end - j) * size)
+        if t[c.STREAM] != 0:
+            fence()
 
     return kernel

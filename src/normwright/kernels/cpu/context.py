@@ -11,13 +11,14 @@ import struct
 O, A, K, B, G, P, S, BY_A, R = range(9)
 # how the work is cut: tasks in all, shared by workers; chunks of `a`, columns a task; which phase of two runs
 TASKS, WORKERS, CHUNKS, COLUMNS, PHASE = range(9, 14)
-# switches: statistics from x; subtract the mean; move the running statistics; parameter gradients wanted
-USE_BATCH, CENTER, UPDATE, WANT_PARAMETERS = range(14, 18)
+# switches: statistics from x; subtract the mean; move the running statistics; parameter gradients wanted; results
+# written past the cache
+USE_BATCH, CENTER, UPDATE, WANT_PARAMETERS, STREAM = range(14, 19)
 # addresses of tensors; 0 where there is none. EXTRA is the residual or, backward, the residual or the output
 X, Y, WEIGHT, BIAS, EXTRA, MEAN, VAR, RUNNING_MEAN, RUNNING_VAR, DY, DWEIGHT, DBIAS, DEXTRA, SCRATCH, MASK = range(
-    18, 33
+    19, 34
 )
 # doubles
-EPS, NEW_WEIGHT = 33, 34
+EPS, NEW_WEIGHT = 34, 35
 
-pack = struct.Struct("33q2d").pack
+pack = struct.Struct("34q2d").pack

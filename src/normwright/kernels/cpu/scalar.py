@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic as _numba_intrinsic
 
 # the decorated function takes one argument less than it is written with, which type checkers cannot know
@@ -108,6 +109,47 @@ def _scale_f64(typing_context, value, exponent):
     return types.float64(types.float64, types.float64), codegen
 
 
+# elements computed in the first-level cache before they are written past all caches
+STAGE = 1024
+
+
+@intrinsic
+def stage_address(typing_context):
+    """Address of STAGE elements, of up to 8 bytes, on the stack of the kernel."""
+
+    def codegen(context, builder, signature, arguments):
+        buffer = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), STAGE * 8))
+        buffer.align = 64
+        return builder.ptrtoint(buffer, _I64)
+
+    return types.int64(), codegen
+
+
+@intrinsic
+def _stream_line(typing_context, to, source):
+    """Copy 64 bytes to an address that is a multiple of 64, past the cache."""
+
+    def codegen(context, builder, signature, arguments):
+        line = ir.VectorType(_I64, 8).as_pointer()
+        to, source = (builder.inttoptr(argument, line) for argument in arguments)
+        written = builder.store(builder.load(source, align=2), to, align=64)
+        written.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def fence(typing_context):
+    """What was written past the cache is there for whoever reads next."""
+
+    def codegen(context, builder, signature, arguments):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
 f32, f64 = np.float32, np.float64
 
 
@@ -117,6 +159,20 @@ def inner(fastmath: set[str]) -> Callable:
 
 
 _strict = inner(STRICT)
+
+
+@inner(STRICT)
+def stream(to, source, size):
+    """Copy an even number of bytes past the cache: no line is read only to be overwritten."""
+    head = min((-to) & 63, size)
+    a, b = pointer_u16(to), pointer_u16(source)
+    for i in range(head // 2):
+        a[i] = b[i]
+    lines = (size - head) // 64
+    for i in range(lines):
+        _stream_line(to + head + 64 * i, source + head + 64 * i)
+    for i in range((head + lines * 64) // 2, size // 2):
+        a[i] = b[i]
 
 
 def _single() -> SimpleNamespace:
@@ -317,9 +373,10 @@ _TYPES = {
 def scalars(dtype: str, act: str) -> SimpleNamespace:
     """What a kernel for this type and activation is written with.
 
-    `T` computes, `pt` points to T (parameters), `px` to the stored type; `load`, `store` convert; `f`, `slope` are the
-    activation and its derivative.
+    `T` computes, `pt` points to T (parameters), `px` to the stored type, of `size` bytes; `load`, `store` convert;
+    `f`, `slope` are the activation and its derivative.
     """
     T, pt, px, load, store, functions = _TYPES[dtype]
     f, slope = _activation(act, T, functions)
-    return SimpleNamespace(T=T, pt=pt, px=px, load=load, store=store, f=f, slope=slope)
+    size = 8 if dtype == "float64" else 4 if dtype == "float32" else 2
+    return SimpleNamespace(T=T, pt=pt, px=px, size=size, load=load, store=store, f=f, slope=slope)

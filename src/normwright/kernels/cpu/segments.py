@@ -11,7 +11,18 @@ import math
 from numba import njit  # noqa: F401  (numba must be imported before a kernel is built)
 
 from . import context as c
-from .scalar import FAST, inner, pointer_f64, pointer_i64, pointer_u8, scalars
+from .scalar import (
+    FAST,
+    STAGE,
+    fence,
+    inner,
+    pointer_f64,
+    pointer_i64,
+    pointer_u8,
+    scalars,
+    stage_address,
+    stream,
+)
 
 # elements summed in float32 before the sum goes to double
 BLOCK = 4096
@@ -90,12 +101,12 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
     """Statistics (or given ones), running statistics, `y = act((x − mean)·rstd·weight + bias + residual)`."""
     z = scalars(dtype, act)
     T, pt, px, load, store, f = z.T, z.pt, z.px, z.load, z.store, z.f
-    zero = T(0)
+    zero, size = T(0), z.size
     statistic = make_statistic(z, masked)
     residual = extra == "residual"
 
     @inner(FAST)
-    def apply(x, y, res, mask, at, at_mask, length, high, scale, shift):
+    def apply(x, y, res, mask, at, to, at_mask, length, high, scale, shift):
         for i in range(length):
             v = (load(x, at + i) - high) * scale + shift
             if residual:
@@ -103,7 +114,7 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
             v = f(v)
             if masked:
                 v = v if mask[at_mask + i] != 0 else zero
-            store(y, at + i, v)
+            store(y, to + i, v)
 
     def kernel(first, last, address):
         t, d = pointer_i64(address), pointer_f64(address)
@@ -114,6 +125,7 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
         running_mean, running_var = pt(t[c.RUNNING_MEAN]), pt(t[c.RUNNING_VAR])
         eps, new = d[c.EPS], d[c.NEW_WEIGHT]
         stride, mask_stride = K * B, (K // G) * S
+        stage = stage_address() if t[c.STREAM] != 0 else 0
         for task in range(first, last):
             o, k = task // K, task % K
             base = o * A * stride + k * B
@@ -144,7 +156,16 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
                     shift += bias[index]
                 for a in range(A):
                     at = base + a * stride + p * S
-                    apply(x, y, res, mask, at, mask_base + a * mask_stride, S, high, T(scale), T(shift))
+                    at_mask = mask_base + a * mask_stride
+                    if t[c.STREAM] == 0:
+                        apply(x, y, res, mask, at, at, at_mask, S, high, T(scale), T(shift))
+                        continue
+                    for i in range(0, S, STAGE):
+                        m = min(STAGE, S - i)
+                        apply(x, px(stage), res, mask, at + i, 0, at_mask + i, m, high, T(scale), T(shift))
+                        stream(t[c.Y] + (at + i) * size, stage, m * size)
+        if t[c.STREAM] != 0:
+            fence()
 
     return kernel
 
@@ -157,7 +178,7 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
     """
     z = scalars(dtype, act)
     T, pt, px, load, store, slope = z.T, z.pt, z.px, z.load, z.store, z.slope
-    zero, one = T(0), T(1)
+    zero, one, size = T(0), T(1), z.size
 
     @inner(FAST)
     def gradient(x, dy, extra_, mask, at, at_mask, high, scale, shift):
@@ -188,13 +209,13 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
         return s, q
 
     @inner(FAST)
-    def apply(x, dy, extra_, dx, dextra, mask, at, at_mask, length, high, scale, shift, c1, c2, c3):
+    def apply(x, dy, extra_, dx, dextra, mask, at, to, at_mask, length, high, scale, shift, c1, c2, c3):
         for i in range(length):
             g, d = gradient(x, dy, extra_, mask, at + i, at_mask + i, high, scale, shift)
             v = g * c1 + (d * c2 + c3)
             if masked:
                 v = v if mask[at_mask + i] != 0 else zero
-            store(dx, at + i, v)
+            store(dx, to + i, v)
             if extra != "none":
                 store(dextra, at + i, g)
 
@@ -208,6 +229,7 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
         dweight, dbias = pt(t[c.DWEIGHT]), pt(t[c.DBIAS])
         eps = d[c.EPS]
         stride, mask_stride = K * B, (K // G) * S
+        stage = stage_address() if t[c.STREAM] != 0 else 0
         for task in range(first, last):
             o, k = task // K, task % K
             base = o * A * stride + k * B
@@ -266,9 +288,20 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
                     shift += bias[index]
                 for a in range(A):
                     at, at_mask = base + a * stride + p * S, mask_base + a * mask_stride
-                    apply(
-                        x, dy, extra_, dx, dextra, mask, at, at_mask, S,
-                        high, T(rstd * w), T(shift), T(rstd * w), T(c2), T(c3),
-                    )  # fmt: skip
+                    if t[c.STREAM] == 0:
+                        apply(
+                            x, dy, extra_, dx, dextra, mask, at, at, at_mask, S,
+                            high, T(rstd * w), T(shift), T(rstd * w), T(c2), T(c3),
+                        )  # fmt: skip
+                        continue
+                    for i in range(0, S, STAGE):
+                        m = min(STAGE, S - i)
+                        apply(
+                            x, dy, extra_, px(stage), dextra, mask, at + i, 0, at_mask + i, m,
+                            high, T(rstd * w), T(shift), T(rstd * w), T(c2), T(c3),
+                        )  # fmt: skip
+                        stream(t[c.Y] + (at + i) * size, stage, m * size)
+        if t[c.STREAM] != 0:
+            fence()
 
     return kernel
