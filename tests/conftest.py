@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# before torch is imported, here and in the processes that tests start: two workers share two cores, and the waiting
+# threads of one would stall every parallel loop of the other for milliseconds. Tests of threads ask for theirs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

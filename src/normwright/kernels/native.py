@@ -121,10 +121,8 @@ def _groups(spec: NormSpec, x: Tensor) -> int:
     return sizes.get(group.name) or x.size(1) // sizes[within.name]
 
 
-def _trailing(spec: NormSpec, x: Tensor) -> list[int]:
-    pattern = spec.parsed
-    count = sum(1 for dim in pattern.dims if all(axis.reduced for axis in dim))
-    return list(x.shape[-count:])
+def _trailing(spec: NormSpec, x: Tensor) -> torch.Size:
+    return x.shape[-len(spec.parsed_affine.dims) :]  # torch's operators keep the parameters on the reduced axes
 
 
 def formula(call: Call, layout: Layout) -> Tensor:

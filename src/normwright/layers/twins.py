@@ -273,6 +273,9 @@ def _trailing_spec(dimensions: int, center: bool) -> NormSpec:
     return NormSpec(f"b... [{names}]", affine=names, center=center)
 
 
+_EPS_SINGLE, _EPS_DOUBLE = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+
+
 class _TrailingNorm(_Twin):
     """Layer and RMS norm: statistics over the trailing dimensions `normalized_shape`."""
 
@@ -290,8 +293,7 @@ class _TrailingNorm(_Twin):
         return self._spec
 
     def _check(self: Any, x: Tensor) -> None:
-        k = len(self.normalized_shape)
-        if tuple(x.shape[x.dim() - k :]) != tuple(self.normalized_shape) or x.dim() < k:
+        if x.shape[-len(self.normalized_shape) :] != self.normalized_shape:
             raise RuntimeError(
                 f"Given normalized_shape={list(self.normalized_shape)}, expected input with shape "
                 f"[*, {', '.join(map(str, self.normalized_shape))}], but got input of size {list(x.shape)}. Move the "
@@ -335,7 +337,7 @@ class RMSNorm(_TrailingNorm, nn.RMSNorm):
         self._check(x)
         eps = self.eps
         if eps is None:
-            eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+            eps = _EPS_DOUBLE if x.dtype == torch.float64 else _EPS_SINGLE
         return normalize(x, self.spec, self.weight, eps=eps, act=self.act, residual=residual, mask=mask)
 
 
