@@ -296,6 +296,21 @@ def test_variants(variant):
                 raise AssertionError(f"{place}, mask {mask}: {error}") from error
 
 
+@pytest.mark.parametrize("variant", USED, ids=name_of)
+def test_results_written_past_the_cache(variant, monkeypatch):
+    """As large results are: every place again, in pieces, with its odd beginnings and ends."""
+    monkeypatch.setattr(cpu, "STREAM", 0)
+    cpu.recipe.cache_clear()
+    family, dtype, act, residual, masked = variant
+    for place in PLACES:
+        if place.family == family and maskable(place, masked):
+            p = problem_at(place, dtype, act, residual, 9 if masked else 0)
+            found = recipe(place, p.x)
+            assert isinstance(found, cpu.Recipe)
+            assert found.stream
+            check(p, place, dtype, masked)
+
+
 # --------------------------------------------------------------------------------------------------------- hard numbers
 
 each_place = pytest.mark.parametrize("place", PLACES, ids=str)
