@@ -9,6 +9,7 @@ any two choices meet in some variant, in the slow ones any three do.
 from __future__ import annotations
 
 import itertools
+import shutil
 import weakref
 from dataclasses import dataclass, field
 
@@ -924,6 +925,8 @@ def test_compiled_running_statistics_of_another_memory_order():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
 def test_inductor_is_eager(memory):
     compare_compiled("inductor", LAYERS["batch"][0], [LAYERS["batch"][1]], memory, residual=True)
