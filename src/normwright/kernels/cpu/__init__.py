@@ -35,7 +35,7 @@ _NAMES = {
 SERIAL = 100_000
 # elements from which these kernels, and their call from Python, are faster than torch's operator for the pattern
 _WORTH = {
-    "batch_norm": 8192,
+    "batch_norm": 32768,  # (256, 120), forward and backward: torch 59 µs, ours 87, two cores of a Zen 5
     "instance_norm": 8192,
     "group_norm": 32768,
     "layer_norm": 65536,
