@@ -69,6 +69,10 @@ def normalize(
         )
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"A mask is bool, True at valid positions; got {mask.dtype}. Compare first, as in mask != 0.")
+    if running_var is None and running_mean is not None and use_batch_stats:
+        raise ValueError(
+            "A running mean is given without a running variance, and they move together; pass both, or neither."
+        )
     if running_var is not None and not spec.running:
         raise ValueError(
             f"Running statistics are given, and the spec {spec.pattern!r} does not say on which axes they live; "

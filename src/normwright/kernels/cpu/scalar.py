@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic as _numba_intrinsic
 
 # the decorated function takes one argument less than it is written with, which type checkers cannot know
@@ -118,7 +117,9 @@ def stage_address(typing_context):
     """Address of STAGE elements, of up to 8 bytes, on the stack of the kernel."""
 
     def codegen(context, builder, signature, arguments):
-        buffer = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), STAGE * 8))
+        with builder.goto_entry_block():
+            # not cgutils.alloca_once, which stores zeros: LLVM takes seconds to break up a store of that size
+            buffer = builder.alloca(ir.ArrayType(ir.IntType(8), STAGE * 8))
         buffer.align = 64
         return builder.ptrtoint(buffer, _I64)
 
