@@ -159,7 +159,7 @@ import torch
 import normwright as nw
 from normwright.kernels.cpu import build
 torch.manual_seed(0)
-x = torch.randn(4, 3, 40, 50) * 2 + 1
+x = torch.randn(4, 3, 60, 70) * 2 + 1
 layer = nw.BatchNorm2d(3)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

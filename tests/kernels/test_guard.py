@@ -112,7 +112,7 @@ def interpreted(monkeypatch):
             assert dtype == "float32"
             f, slope = _act(act)
             return SimpleNamespace(
-                T=np.float32, pt=f32, px=f32, load=lambda p, i: p[i], store=lambda p, i, v: p.__setitem__(i, v),
+                T=np.float32, pt=f32, px=f32, size=4, load=lambda p, i: p[i], store=lambda p, i, v: p.__setitem__(i, v),
                 f=f, slope=slope,
             )  # fmt: skip
 
