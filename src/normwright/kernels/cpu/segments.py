@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 
-from numba import njit  # noqa: F401  (numba must be imported before a kernel is built)
-
 from . import context as c
 from .scalar import (
     FAST,
