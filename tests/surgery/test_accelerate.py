@@ -919,7 +919,7 @@ def test_a_shared_norm_is_one_edit():
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
 def test_wrappers_are_refused(wrap):
-    with pytest.raises(TypeError, match="accelerate the model inside first"):
+    with pytest.raises(TypeError, match="accelerate works on plain modules"):
         accelerate(nn.Sequential(wrap(nn.BatchNorm2d(4))))
 
 

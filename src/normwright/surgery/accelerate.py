@@ -32,6 +32,7 @@ from torch.package.importer import ObjMismatchError, ObjNotFoundError, sys_impor
 
 from ..kernels.native import ACTIVATIONS
 from ..layers import twins
+from .modules import refuse_wrapped, shared_copy
 from .receipt import (
     Edit,
     Receipt,
@@ -41,7 +42,6 @@ from .receipt import (
     output_difference,
     rng_kept,
     run_on,
-    shown,
     tensors_in,
 )
 
@@ -52,7 +52,6 @@ _TWINS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _TWIN_CLASSES = frozenset(_TWINS.values())
 _NORMS = (_NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)
 
 _ACT_FUNCTIONS: dict[Any, str] = {
     torch.relu: "relu",
@@ -125,13 +124,8 @@ def accelerate(model: nn.Module, inputs: Any = None) -> Receipt:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
         >>> fast = nw.accelerate(model).model
     """
-    for name, module in model.named_modules():
-        if isinstance(module, _WRAPPERS) or "_orig_mod" in module._modules:
-            raise TypeError(
-                f"accelerate copies plain modules, and {shown(name)!r} is a {type(module).__name__}; accelerate the "
-                "model inside first, then wrap, compile or script `receipt.model`."
-            )
-    work = _shared_copy(model)
+    refuse_wrapped(model, "accelerate")
+    work = shared_copy(model)
     before = [(module, type(module)) for module in work.modules()]
     edits: dict[str, Edit] = {}
     skipped: dict[str, str] = {}
@@ -169,24 +163,6 @@ def accelerate(model: nn.Module, inputs: Any = None) -> Receipt:
     if inputs is not None:
         _measure(receipt, model, inputs)
     return receipt
-
-
-def _shared_copy(model: nn.Module) -> nn.Module:
-    """A deep copy that holds the same parameters, buffers and hooks, and the same tensors that are no leaves."""
-    memo: dict[int, Any] = {}
-    modules = set(model.modules())
-    for module in modules:
-        held = chain(module._parameters.values(), module._buffers.values(), vars(module).values())
-        for value in held:
-            if isinstance(value, Tensor):
-                memo[id(value)] = value
-        for kind, hooks in vars(module).items():
-            if kind.endswith("_hooks") and isinstance(hooks, dict):
-                for hook in hooks.values():
-                    # a method of a module in the model is bound to that module's copy; a recorder stays the recorder
-                    if not (isinstance(hook, MethodType) and hook.__self__ in modules):
-                        memo[id(hook)] = hook
-    return copy.deepcopy(model, memo)
 
 
 def _replacement(module: nn.Module) -> tuple[type[nn.Module], str, str | None] | None:
@@ -573,7 +549,7 @@ def _trace(block: nn.Module) -> tuple[fx.Graph, int, tuple[tuple[str, str, Any],
     modes = [(True, True, False), (False, False, False), (True, True, True)]
     for training, gradients, autocast in modes:
         # on a copy of the copy, because the forward may write to what it finds on self
-        trial = _shared_copy(block)
+        trial = shared_copy(block)
         for module in trial.modules():
             module.training = training
         state = [(module, dict(vars(module))) for module in trial.modules()]
