@@ -293,13 +293,178 @@ def report(
 @app.command()
 def runs(
     folder: Annotated[Path, typer.Argument(help="The folder that --out named.", metavar="RUNDIR")],
+    export: Annotated[
+        int | None,
+        typer.Option(help="Number of a run whose trained network is written to --out.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The file for --export, .pt or .safetensors.", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over --out.")] = False,
+    release: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of a study: give back its runs that other machines, which you know to be dead, hold.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """List the runs in the journal of a folder."""
+    """List the runs in the journal of a folder, export a trained network, or release runs."""
     from rich.console import Console
 
-    from .lab.run import print_runs
+    from .lab import run
 
-    print_runs(folder, Console())
+    if (export is None) != (out is None):
+        raise UserError("--export RUN and --out FILE go together; `normwright runs RUNDIR` lists the runs.")
+    if release is not None:
+        typer.echo(f"Released {run.release(folder, release)} runs of {release}; --resume goes on with them.")
+    if export is not None and out is not None:
+        typer.echo(run.export_network(folder, export, out, force=force))
+    if release is None and export is None:
+        run.print_runs(folder, Console())
+
+
+surgery = typer.Typer(
+    no_args_is_help=True,
+    help="Change the normalization of a network in a checkpoint, and say what changed. The result is a checkpoint.",
+)
+app.add_typer(surgery, name="surgery")
+
+CheckpointFile = Annotated[
+    Path, typer.Argument(help="A state dict by torch.save, also under an entry, or safetensors.", show_default=False)
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.py:NAME",
+        help="A function without arguments that returns the network; package.module:NAME will do. A network that "
+        "`normwright runs --export` wrote needs none.",
+        show_default=False,
+    ),
+]
+OutOption = Annotated[Path, typer.Option(help="The file to write, .pt or .safetensors.", show_default=False)]
+InputsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.py:NAME",
+        help="A batch, or a function that returns one: what output differences are measured on.",
+        show_default="256 images of a data set",
+    ),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        help="digits, fashion-mnist or a PATH of images, scaled to 0 … 1; or FILE.py:NAME of batches.",
+        show_default=False,
+    ),
+]
+DataDirOption = Annotated[Path | None, typer.Option(help="Folder with fashion-mnist's files.", show_default=False)]
+EvaluateOption = Annotated[
+    bool, typer.Option("--evaluate", help="Measure the test accuracy on --data before and after.")
+]
+KeyOption = Annotated[
+    str | None, typer.Option(help="The entry of the file that is the state dict.", show_default="the only one")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Write over --out, also if it is the checkpoint itself.")]
+DeviceOption = Annotated[str, typer.Option(help="auto (cuda if there is one), cpu, cuda, cuda:1, …")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def _operate(operation: str, arguments: dict[str, Any], json_: bool, **request: Any) -> None:
+    from .surgery.checkpoint import Request, operate
+
+    given = {name: value for name, value in arguments.items() if value is not None}
+    outcome = operate(Request(operation, arguments=given, **request))
+    typer.echo(json.dumps(outcome.summary(), ensure_ascii=False) if json_ else str(outcome))
+
+
+@surgery.command()
+def recalibrate(
+    checkpoint: CheckpointFile,
+    out: OutOption,
+    data: DataOption = None,
+    model: ModelOption = None,
+    method: Annotated[str, typer.Option(help="layerwise (exact, a pass for each layer) or one_pass.")] = "layerwise",
+    limit: Annotated[int | None, typer.Option(help="Batches to use at most.", show_default="all")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images in a batch of a data set.", min=2)] = 256,
+    inputs: InputsOption = None,
+    data_dir: DataDirOption = None,
+    evaluate: EvaluateOption = False,
+    key: KeyOption = None,
+    force: ForceOption = False,
+    device: DeviceOption = "cpu",
+    json_: JsonOption = False,
+) -> None:
+    """Set the running statistics to the exact ones over --data."""
+    _operate(
+        "recalibrate", {"method": method, "limit": limit}, json_, checkpoint=checkpoint, out=out, data=data,
+        model=model, batch_size=batch_size, inputs=inputs, data_dir=data_dir, evaluate=evaluate, key=key, force=force,
+        device=device,
+    )  # fmt: skip
+
+
+@surgery.command()
+def fold(
+    checkpoint: CheckpointFile,
+    out: OutOption,
+    model: ModelOption = None,
+    inputs: InputsOption = None,
+    data: DataOption = None,
+    data_dir: DataDirOption = None,
+    evaluate: EvaluateOption = False,
+    key: KeyOption = None,
+    force: ForceOption = False,
+    device: DeviceOption = "cpu",
+    json_: JsonOption = False,
+) -> None:
+    """Fold batch norms into the convolutions and dense layers beside them, for inference."""
+    _operate(
+        "fold", {}, json_, checkpoint=checkpoint, out=out, data=data, model=model, inputs=inputs, data_dir=data_dir,
+        evaluate=evaluate, key=key, force=force, device=device,
+    )  # fmt: skip
+
+
+@surgery.command()
+def convert(
+    checkpoint: CheckpointFile,
+    out: OutOption,
+    to: Annotated[str, typer.Option(help="The normalization wanted, such as group, layer, sync.", show_default=False)],
+    model: ModelOption = None,
+    inputs: InputsOption = None,
+    data: DataOption = None,
+    data_dir: DataDirOption = None,
+    evaluate: EvaluateOption = False,
+    key: KeyOption = None,
+    force: ForceOption = False,
+    device: DeviceOption = "cpu",
+    json_: JsonOption = False,
+) -> None:
+    """Turn normalization layers into others; with inputs, close to the same function."""
+    _operate(
+        "convert", {"to": to}, json_, checkpoint=checkpoint, out=out, data=data, model=model, inputs=inputs,
+        data_dir=data_dir, evaluate=evaluate, key=key, force=force, device=device,
+    )  # fmt: skip
+
+
+@surgery.command("absorb-bias")
+def absorb_bias(
+    checkpoint: CheckpointFile,
+    out: OutOption,
+    model: ModelOption = None,
+    inputs: InputsOption = None,
+    data: DataOption = None,
+    data_dir: DataDirOption = None,
+    evaluate: EvaluateOption = False,
+    key: KeyOption = None,
+    force: ForceOption = False,
+    device: DeviceOption = "cpu",
+    json_: JsonOption = False,
+) -> None:
+    """Take the biases that a batch norm makes idle into its running mean."""
+    _operate(
+        "absorb_bias", {}, json_, checkpoint=checkpoint, out=out, data=data, model=model, inputs=inputs,
+        data_dir=data_dir, evaluate=evaluate, key=key, force=force, device=device,
+    )  # fmt: skip
 
 
 app.command("bench")(bench)

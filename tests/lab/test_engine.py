@@ -221,6 +221,21 @@ def test_resumed_equals_uninterrupted_exactly(data, tmp_path, optimizer):
     parts.close()
 
 
+def test_the_trained_network_is_kept_and_is_the_one_that_was_evaluated(data, tmp_path):
+    work = job(data)
+    journal, study = journal_with(tmp_path / "j.sqlite", work, seeds=(0,))
+    with journal:
+        engine.sequential(work, journal, study, Watcher())
+        for run in journal.runs():
+            kept = journal.checkpoint(run.id)
+            assert (sorted(kept), kept["shape"], kept["classes"]) == (["classes", "model", "shape"], [1, 4, 4], 3)
+            model = build(run.config, tuple(kept["shape"]), kept["classes"])
+            model.load_state_dict(kept["model"])
+            with torch.no_grad():
+                predicted = model.eval()(data.x_test).argmax(1)
+            assert int((predicted == data.y_test).sum()) / 50 == run.results["test_acc"]
+
+
 def test_a_run_that_diverges_is_recorded_and_the_study_goes_on(data, tmp_path):
     work = job(data)
     work.settings["bn"]["lr"] = 1e9

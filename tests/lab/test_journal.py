@@ -151,6 +151,18 @@ def test_diverged_and_failed_runs_are_kept(journal):
     assert torch.equal(journal.checkpoint(b)["w"], torch.ones(2))
 
 
+def test_a_finished_run_keeps_its_network_in_the_checkpoints_place(journal):
+    study = study_with_runs(journal, 2)
+    a, b = (journal.claim_run(study).id for _ in range(2))
+    for run in (a, b):
+        journal.record_epoch(run, 0, {"loss": 1.0}, {"w": torch.zeros(2), "optimizer": torch.zeros(9)})
+    journal.finish_run(a, {}, trained={"w": torch.ones(2)})
+    journal.finish_run(b, {}, status="diverged", error="nan")
+    assert list(journal.checkpoint(a)) == ["w"]
+    assert torch.equal(journal.checkpoint(a)["w"], torch.ones(2))
+    assert journal.checkpoint(b) is None
+
+
 NUMBERS = {
     "nan": math.nan,
     "inf": math.inf,

@@ -34,6 +34,7 @@ __all__ = [
     "mixed",
     "sequential",
     "train_epoch",
+    "trained_network",
 ]
 
 # A run has diverged when a loss is not finite, or its mean over an epoch exceeds so many times that of guessing:
@@ -204,6 +205,11 @@ def _three_ways(model: nn.Module, job: Job, batch_size: int, last: bool) -> dict
     return metrics
 
 
+def trained_network(model: nn.Module, data: Dataset) -> dict[str, Any]:
+    """What the journal keeps of a network: its state, and what its study needs to build it again."""
+    return {"model": model.state_dict(), "shape": [data.channels, *data.size], "classes": len(data.classes)}
+
+
 def _diverged(metrics: Mapping[str, Any], classes: int) -> str | None:
     """Why these metrics say that the run has diverged, or None."""
     for key in ("train_loss", "test_loss"):
@@ -246,7 +252,7 @@ def _train(job: Job, journal: Journal, run: Run, watcher: Watcher) -> tuple[str,
             metrics |= _three_ways(model, job, settings["batch_size"], last)
         metrics |= {"train_seconds": trained - began, "evaluation_seconds": time.perf_counter() - trained}
         checkpoint = {
-            "model": model.state_dict(),
+            **trained_network(model, data),
             "optimizer": optimizer.state_dict(),
             "order": generator.get_state(),
             "rng": torch.get_rng_state(),
@@ -257,7 +263,7 @@ def _train(job: Job, journal: Journal, run: Run, watcher: Watcher) -> tuple[str,
         watcher.epoch(run, epoch, metrics)
     why = _diverged(metrics, classes)
     status = "finished" if why is None else "diverged"
-    journal.finish_run(run.id, metrics, status=status, error=why)
+    journal.finish_run(run.id, metrics, status=status, error=why, trained=trained_network(model, data))
     return status, why
 
 

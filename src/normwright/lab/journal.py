@@ -545,7 +545,10 @@ class Journal:
             )
 
     def checkpoint(self, run: int) -> Any:
-        """The state given with the last epoch of `run` that had one, tensors on the CPU, or None."""
+        """The state given with the last epoch of `run` that had one, or as trained at its end; tensors on the CPU.
+
+        None if there is none.
+        """
         with self._reading() as db:
             row = db.execute("SELECT state FROM checkpoint WHERE run = ?", (run,)).fetchone()
         if row is None:
@@ -565,13 +568,19 @@ class Journal:
         *,
         status: Literal["finished", "diverged"] = "finished",
         error: str | None = None,
+        trained: Any = None,
     ) -> None:
-        """End a run with its results; its checkpoint is deleted."""
+        """End a run with its results; `trained`, the network, takes the checkpoint's place, which is else deleted."""
         rows = [(run, name, _pack_result(value)) for name, value in (results or {}).items()]
+        kept = None if trained is None else self._pack_state(run, trained)
         with self._writing() as db:
             self._end(db, run, status, error)
             db.executemany("INSERT OR REPLACE INTO result VALUES (?, ?, ?)", rows)
-            db.execute("DELETE FROM checkpoint WHERE run = ?", (run,))
+            if kept is None:
+                db.execute("DELETE FROM checkpoint WHERE run = ?", (run,))
+            else:
+                (last,) = db.execute("SELECT count(*) - 1 FROM epoch WHERE run = ?", (run,)).fetchone()
+                db.execute("INSERT OR REPLACE INTO checkpoint VALUES (?, ?, ?)", (run, last, kept))
 
     def fail_run(self, run: int, error: str) -> None:
         """End a run that raised, with the error's text; its checkpoint stays for `claim_run(retry_failed=True)`."""

@@ -23,7 +23,17 @@ from .journal import Journal, Metrics, Run, environment
 from .journal import Study as Recorded
 from .study import Study, find, plan
 
-__all__ = ["Outcome", "Request", "Stopped", "print_outcome", "print_runs", "run_study"]
+__all__ = [
+    "Outcome",
+    "Request",
+    "Stopped",
+    "choose_device",
+    "export_network",
+    "print_outcome",
+    "print_runs",
+    "release",
+    "run_study",
+]
 
 SMOKE_IMAGES = 200  # for training, and as many for testing
 
@@ -191,7 +201,8 @@ class _Bar(_Silent):
         self.progress.update(self.task, description=text)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device of `--device`; `auto` is cuda where there is one. UserError if it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -275,7 +286,7 @@ def run_study(request: Request) -> Outcome:
     if request.smoke:
         overrides = {"epochs": 1, "seeds": 1, **{key: value for key, value in overrides.items() if value is not None}}
     plan(study, request.data, overrides)  # wrong numbers are told before the data is loaded
-    device = _device(request.device)
+    device = choose_device(request.device)
     if request.out is not None:
         _check_folder(request.out, request.resume)
     console = Console(stderr=True)
@@ -351,12 +362,53 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     console.print(f"Report: {outcome.report}", markup=False, highlight=False, soft_wrap=True)
 
 
-def print_runs(folder: Path, console: Console) -> None:
-    """A table of the runs in a folder's journal."""
+def _journal(folder: Path) -> Path:
     path = folder / "journal.sqlite"
     if not path.is_file():
         raise UserError(f"There is no journal in {folder} (journal.sqlite); give the folder that --out named.")
+    return path
+
+
+def export_network(folder: Path, number: int, out: Path, *, force: bool = False) -> str:
+    """Write the network of a run, as it was after its last epoch, as a checkpoint; a sentence saying what it is.
+
+    The file says how the network is built: `normwright surgery` and `surgery.checkpoint.restore` need no factory.
+
+    Errors: `UserError` if there is no such run, it kept no network, or `out` exists and `force` is not set.
+    """
+    from ..surgery.checkpoint import refuse_existing, write
+
+    refuse_existing(out, force)
+    path = _journal(folder)
     with Journal(path, mode="read") as journal:
+        studies = {study.id: study for study in journal.studies()}
+        runs = {run.id: run for run in journal.runs()}
+        if number not in runs:
+            known = f"its runs are {min(runs)} to {max(runs)}" if runs else "it has none yet"
+            raise UserError(f"{path} has no run {number}; {known}.")
+        run, state = runs[number], journal.checkpoint(number)
+    if state is None or "shape" not in state:
+        raise UserError(
+            f"Run {number} in {path} kept no network (it is {run.status}); networks are kept from the first epoch on, "
+            "by this version of normwright: train it again in another folder."
+        )
+    study = studies[run.study]
+    network = {"study": study.name, "arm": run.arm, "seed": run.seed, "settings": run.config}
+    network |= {"shape": state["shape"], "classes": state["classes"], "epochs": run.epochs}
+    network |= {"data": study.config["settings"]["data"], "data_sha256": study.data_sha256}
+    write(out, state["model"], {"network": network})
+    return f"Wrote {out}: {study.name}, arm {run.arm}, seed {run.seed}, after {run.epochs} epochs ({run.status})."
+
+
+def release(folder: Path, study: str) -> int:
+    """Give back the runs of a study that other hosts, which must be dead, have marked running; how many."""
+    with Journal(_journal(folder), mode="write") as journal:
+        return journal.release_runs(journal.open_study(study).id)
+
+
+def print_runs(folder: Path, console: Console) -> None:
+    """A table of the runs in a folder's journal."""
+    with Journal(_journal(folder), mode="read") as journal:
         for study in journal.studies():
             table = Table(title=Text(f"{study.name}, begun {study.created}"), title_justify="left")
             for name in ("run", "arm", "seed", "status", "epochs", "train loss", "test accuracy", "error"):
