@@ -39,7 +39,7 @@ from .layers.whitening import Whitening
 from .spec import NormSpec, PatternError
 
 if TYPE_CHECKING:
-    from .surgery import Edit, Receipt, accelerate, recalibrate
+    from .surgery import Edit, Receipt, accelerate, param_groups, recalibrate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -88,6 +88,7 @@ __all__ = [
     "explain",
     "gradcheck",
     "normalize",
+    "param_groups",
     "recalibrate",
     "schedule_batch_renorm",
     "standardize_weights",
@@ -101,6 +102,7 @@ _SURGERY = {
     "Edit",
     "Receipt",
     "accelerate",
+    "param_groups",
     "recalibrate",
 }
 

@@ -1,7 +1,8 @@
 """Operations that mend a model, each `op(model, …) -> Receipt`."""
 
 from .accelerate import accelerate
+from .param_groups import param_groups
 from .recalibrate import recalibrate
 from .receipt import Edit, Receipt
 
-__all__ = ["Edit", "Receipt", "accelerate", "recalibrate"]
+__all__ = ["Edit", "Receipt", "accelerate", "param_groups", "recalibrate"]
