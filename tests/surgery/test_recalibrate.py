@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from normwright.layers import norm as nwn
 from normwright.layers import twins
-from normwright.surgery import recalibrate
+from normwright.surgery import population, recalibrate
 from normwright.surgery.recalibrate import METHODS
 
 BOTH = pytest.mark.parametrize("method", METHODS)
@@ -121,7 +121,7 @@ def test_memory_layouts(order):
 
 @pytest.mark.parametrize("piece", [1, 7, 64])
 def test_pieces_give_the_whole(monkeypatch, piece):
-    monkeypatch.setattr(sys.modules["normwright.surgery.recalibrate"], "_PIECE", piece)
+    monkeypatch.setattr(population, "PIECE", piece)
     x = torch.randn(5, 3, 11, 2)
     mask = torch.rand(5, 11, 2) > 0.3
     batch, masked, instance = nn.BatchNorm2d(3), twins.BatchNorm2d(3), nn.InstanceNorm2d(3, track_running_stats=True)

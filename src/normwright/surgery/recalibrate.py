@@ -8,8 +8,9 @@ and variance of each layer's input over all the data given, in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -22,8 +23,15 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from ..catalog import CATALOG
+from ..layers.batch_renorm import BatchRenorm
+from ..layers.evonorm import EvoNormB0
 from ..layers.norm import GhostBatchNorm
-from ..spec import Layout, NormSpec
+from ..layers.outside import TrackingLayer
+from ..layers.split_batch_norm import SplitBatchNorm
+from ..layers.switch_norm import SwitchNorm
+from ..spec import NormSpec
+from .population import LEAST_BLOCKS, Population
+from .ranks import Ranks
 from .receipt import (
     Edit,
     Receipt,
@@ -42,22 +50,26 @@ from .receipt import (
 __all__ = ["recalibrate"]
 
 METHODS = ("layerwise", "one_pass")
+STATS = ("population", "ema")
 
-# Values taken to float64 at a time: 32 MB a copy, so that a large activation is never copied whole.
-_PIECE = 1 << 22
+Batches = Iterable[Any] | Tensor
 
 
 def recalibrate(
     model: nn.Module,
-    batches: Iterable[Any] | Tensor,
+    batches: Batches | None = None,
     *,
     method: str = "layerwise",
+    stats: str = "population",
+    tolerance: float | None = None,
+    domains: Mapping[int, Batches] | Sequence[Batches] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     inputs: Any = None,
     limit: int | None = None,
     batch_size: int = 256,
     device: torch.device | str | None = None,
     frozen: Collection[str] = (),
+    process_group: Any = None,
 ) -> Receipt:
     """Set every running mean and variance to the exact statistics of that layer's input over `batches`.
 
@@ -66,7 +78,9 @@ def recalibrate(
     number of values, so a short last batch is weighed right, and positions that a layer's `mask` excludes count
     nothing. For an instance norm that tracks, the average over all samples of each sample's statistics; for a ghost
     batch norm, the mean over all values and the variance within chunks (`Σ M2 / Σ (n − 1)` over the chunks). Without
-    centring, the mean square.
+    centring, the mean square. With `stats="ema"`, what training with the present weights would store: each batch's
+    mean and unbiased variance, averaged with weights `(1 − momentum)^age / Σ (1 − momentum)^age`, the last batch at
+    age 0 (equal weights where momentum is None); nothing of the statistics before remains in them.
 
     The layer's input depends on the layers before it, hence two methods:
 
@@ -79,12 +93,24 @@ def recalibrate(
       in torch's `update_bn`. From the second layer on this is approximate: nearly right for shuffled batches, as far
       off as the batches differ from one another otherwise. The choice for deep networks on much data.
 
+    With `tolerance` a pass stops reading once the statistics are known well enough: after 16 batches, and whenever
+    their number has grown by a quarter, the standard errors are estimated from the spread between runs of batches
+    (correlated values within a batch do not count as independent). Batches must come in random order for that, as a
+    run that was not read cannot be seen to differ.
+
+    Where `torch.distributed` is initialized, every process calls this with its own batches, of which some may have
+    fewer or none; statistics are merged over all values of all processes, and all end with the same bits. An error in
+    one process is raised in all. `SyncBatchNorm` communicates in none of the forwards.
+
+    A `SplitBatchNorm` gets the statistics of the domain that its `split` names; with `domains`, of each domain from
+    that domain's data, while all such layers are switched to it, and the other layers' statistics are over all
+    domains together.
+
     The rest of the model is in evaluation mode (dropout off). Buffers are written at the end, in place and in their
     own type; if anything raises before, the model is as it was. Modes, hooks and random states come back, the
     latter before each pass too, so that a shuffled or augmented loader gives the same data to all passes.
     Left alone, with the reason in `receipt.skipped`: frozen layers (in `frozen`, an attribute `nw_frozen`, momentum
-    0, or in evaluation mode while the model trains), layers not called in evaluation, unknown classes. In a
-    distributed run each process sees its own batches only.
+    0, or in evaluation mode while the model trains), layers not called in evaluation, unknown classes.
 
     Arguments:
         model: any module; wrappers (`torch.compile`, DDP) are looked through. Changed in place.
@@ -92,91 +118,176 @@ def recalibrate(
             `(inputs, targets)` the first element is used; a mapping is passed as keyword arguments. A generator can
             be read once only and needs `method="one_pass"`.
         method: `"layerwise"` or `"one_pass"`.
+        stats: `"population"`, exact, or `"ema"`, as training averages.
+        tolerance: stop when no standard error is larger, of a channel's mean in units of its deviation, and of its
+            variance relative to itself; None to read everything. What was reached is in the receipt.
+        domains: in place of `batches`, those of each domain by its number.
         forward: `forward(model, batch)`, in place of these rules about batches.
         inputs: one batch on which the output difference before and after, in evaluation mode, is measured.
-        limit: use this many batches at most.
+        limit: use this many batches (of each domain) at most.
         batch_size: samples in a batch when `batches` is a tensor.
         device: where batches are moved; None for the model's own device if it has one.
         frozen: names of layers, or of modules around them, that keep their statistics.
+        process_group: the processes that merge; None for all there are, False for this one alone.
 
     Returns: a `Receipt`; `num_batches_tracked` is then the number of calls seen, so that `momentum=None` goes on from
     there. `undo()` restores the buffers bit for bit.
 
     Errors: `ValueError` for no batches, a generator with `"layerwise"`, passes of different length, an unknown
-    method or name, fewer than two values, statistics that are not finite.
+    method or name, fewer than two values, statistics that are not finite, processes that meet layers in different
+    orders; `RuntimeError` where another process raised.
+
+    Example:
+        >>> import torch, normwright as nw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
+        >>> receipt = nw.recalibrate(model, torch.randn(100, 4), batch_size=20)
+        >>> receipt.facts
+        {'method': 'layerwise', 'batches': 5, 'passes': 1}
 
     Source: Wu & Johnson 2021, arXiv:2105.07576 (precise statistics); Chan, Golub & LeVeque 1983 (the merge).
     """
-    if method not in METHODS:
-        raise ValueError(f"method is one of {', '.join(map(repr, METHODS))}; got {method!r}.")
-    for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(
-                f"{name} is a positive number of {'batches' if name == 'limit' else 'samples'}; got {value!r}."
-            )
-    if isinstance(batches, Iterator) and method == "layerwise":
-        raise ValueError(
-            f"Layer by layer means one pass over the data for each layer, and a {type(batches).__name__} can be read "
-            'once only. Pass a DataLoader or list(batches), or method="one_pass".'
-        )
     root = unwrap(model)
-    layers, skipped = _find(root, frozen)
+    ranks = Ranks(process_group)
+    splits = [module for module in root.modules() if isinstance(module, SplitBatchNorm)]
+
+    def prepare() -> tuple[list[_Layer], dict[str, str], list[tuple[int | None, Batches]]]:
+        _check_request(method, stats, tolerance, limit, batch_size)
+        sources = _sources(batches, domains, splits, method, tolerance)
+        return *_find(root, frozen, stats, tolerance), sources
+
+    def request(prepared: Any) -> tuple[Any, ...]:
+        buffers = [(layer.name, [(k, b.shape, b.dtype) for k, b in layer.buffers()]) for layer in prepared[0]]
+        return method, stats, tolerance, buffers
+
+    (layers, skipped, sources), requests = ranks.together(prepare, request)
+    ranks.agree(requests, "recalibrate the same layers in the same way", "its method, tolerance, modes or model differ")
     receipt = Receipt(model, "recalibrate", skipped=skipped, facts={"method": method})
     if not layers:
         return receipt
     device = model_device(root) if device is None else device
     run = partial(run_on, root, forward=forward, device=device)
-    generators = {id(g): g for g in _generators(batches)}.values()
+    generators = {id(g): g for _, data in sources for g in _generators(data)}.values()
 
-    def read() -> int:
-        """One pass over the data, the same each time; the number of batches."""
-        count = 0
+    def read() -> Iterator[None]:
+        """One pass over the data, the same each time; a step for each batch."""
         with rng_kept(root, generators):
-            for batch in islice(_cut(batches, batch_size), limit):
-                run(batch)
-                count += 1
-        return count
+            for domain, data in sources:
+                with _in_domain(splits, domain):
+                    for batch in islice(_cut(data, batch_size), limit):
+                        run(batch)
+                        yield
+
+    def conclude() -> dict[str, dict[str, Tensor]]:
+        if inputs is not None:
+            receipt.max_difference, receipt.rms_difference = output_difference(before, run(inputs))
+        results = {layer.name: dict(layer.buffers()) for layer in layers if layer.final}
+        for layer, buffers in real:
+            if layer.final:
+                receipt.edits[layer.name] = _edit(layer, buffers, results[layer.name])
+            else:
+                receipt.skipped[layer.name] = "not called in the model's evaluation forward"
+        return results
 
     undo = buffers_restorer({layer.name: layer.module for layer in layers})
+    real = [(layer, dict(layer.buffers())) for layer in layers]
     with evaluating(root), rng_kept(root):
-        before = None if inputs is None else run(inputs)
+        before, _ = ranks.together(lambda: None if inputs is None else run(inputs), _nothing)
         with _scratch_buffers(layers):
-            receipt.facts |= (_one_pass if method == "one_pass" else _layerwise)(layers, read)
-            if inputs is not None:
-                receipt.max_difference, receipt.rms_difference = output_difference(before, run(inputs))
-            results = {layer.name: dict(layer.buffers()) for layer in layers if layer.final}
-    for layer in layers:
-        if not layer.final:
-            receipt.skipped[layer.name] = "not called in the model's evaluation forward"
-        else:
-            receipt.edits[layer.name] = _edit(layer, results[layer.name])
-    for layer in layers:  # last, when nothing can raise any more
+            work = _one_pass if method == "one_pass" else _layerwise
+            receipt.facts |= work(layers, partial(_pass, read, ranks, tolerance), tolerance)
+            results, _ = ranks.together(conclude, _nothing)
+    if stats != "population":
+        receipt.facts["stats"] = stats
+    if ranks.size > 1:
+        receipt.facts["processes"] = ranks.size
+    if tolerance is not None:
+        errors = [layer.error for layer in layers if layer.final]
+        receipt.facts |= {"tolerance": tolerance, "standard error": max(errors, default=math.inf)}
+    for layer, buffers in real:  # last, when nothing can raise any more
         if layer.final:
-            for key, buffer in layer.buffers():
+            for key, buffer in buffers.items():
                 write(buffer, results[layer.name][key])
     receipt.undo_with = undo
     return receipt
 
 
+def _check_request(method: str, stats: str, tolerance: Any, limit: Any, batch_size: Any) -> None:
+    for what, value, known in (("method", method, METHODS), ("stats", stats, STATS)):
+        if value not in known:
+            raise ValueError(f"{what} is one of {', '.join(map(repr, known))}; got {value!r}.")
+    for what, value in (("limit", limit), ("batch_size", batch_size)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(
+                f"{what} is a positive number of {'batches' if what == 'limit' else 'samples'}; got {value!r}."
+            )
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"tolerance is a positive standard error, such as 0.01; got {tolerance!r}.")
+    if tolerance is not None and stats == "ema":
+        raise ValueError(
+            'tolerance= stops when more batches would add nothing, and an average by stats="ema" forgets as it reads: '
+            'its error does not fall. Give limit=, or stats="population".'
+        )
+
+
+def _sources(
+    batches: Any, domains: Any, splits: list[SplitBatchNorm], method: str, tolerance: float | None
+) -> list[tuple[int | None, Batches]]:
+    """The data, each with its domain; None for the domain that each layer's `split` names."""
+    if (batches is None) == (domains is None):
+        raise ValueError("Give the data as batches, or as domains= with the batches of each domain: one of the two.")
+    sources: list[tuple[int | None, Batches]] = [(None, batches)]
+    if domains is not None:
+        if tolerance is not None:
+            raise ValueError(
+                "With domains= all data are read: tolerance= would stop early in some domains and change their shares "
+                "in the layers that all domains pass. Give limit=, or recalibrate domain by domain."
+            )
+        sources = list(domains.items() if isinstance(domains, Mapping) else enumerate(domains))
+        count = min((layer.num_splits for layer in splits), default=0)
+        numbers = [domain for domain, _ in sources]
+        if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < count for n in numbers):
+            raise ValueError(
+                "domains= gives the data of the domains of SplitBatchNorm layers by number; this model's layers have "
+                f"{f'domains 0 to {count - 1}' if splits else 'none'}, got {numbers!r}."
+            )
+    for _, data in sources:
+        if isinstance(data, Iterator) and method == "layerwise":
+            raise ValueError(
+                f"Layer by layer means one pass over the data for each layer, and a {type(data).__name__} can be read "
+                'once only. Pass a DataLoader or list(batches), or method="one_pass".'
+            )
+    return sources
+
+
+def _nothing(_: Any) -> None:
+    """What a process keeps to itself."""
+
+
 @dataclass(eq=False)
 class _Layer:
-    """One layer with running statistics, and the population that its inputs make up."""
+    """One layer with running statistics, and the populations that its inputs make up, by domain."""
 
     name: str
     also: tuple[str, ...]
     module: Any
     spec: NormSpec
-    population: _Population = field(init=False)
+    decay: float | None
+    errors: bool
+    populations: dict[int, Population] = field(default_factory=dict)
     final: bool = False
+    error: float = math.inf
+    batches: int = 0
 
-    def __post_init__(self) -> None:
-        self.population = _Population(self.spec, "chunks" if isinstance(self.module, GhostBatchNorm) else None)
+    @property
+    def domain(self) -> int:
+        return self.module.split if isinstance(self.module, SplitBatchNorm) else 0
 
     def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The batched input and mask of a call, however they were passed."""
         x = args[0] if args else kwargs.get("x", kwargs.get("input"))
         # only this package's layers are known to take a mask third
-        mask = args[2] if len(args) > 2 and hasattr(self.module, "spec") else kwargs.get("mask")
+        ours = hasattr(self.module, "spec") or isinstance(self.module, TrackingLayer)
+        mask = args[2] if len(args) > 2 and ours else kwargs.get("mask")
         if not isinstance(x, Tensor):
             raise ValueError(f"The input of {shown(self.name)!r} was not found in its arguments; name it in `frozen=`.")
         if isinstance(self.module, _InstanceNorm) and x.dim() == self.module._get_no_batch_dim():
@@ -185,13 +296,13 @@ class _Layer:
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
         """Merge one call's input into the population."""
-        self.population.calls += 1
+        if self.domain not in self.populations:
+            kind = "chunks" if isinstance(self.module, GhostBatchNorm) else None
+            self.populations[self.domain] = Population(self.spec, kind, decay=self.decay, errors=self.errors)
         chunks = self.module.num_chunks if isinstance(self.module, GhostBatchNorm) else 1
         masks = [None] * chunks if mask is None else mask.tensor_split(chunks)
         # cut here rather than by the pattern, so that a last batch that does not divide counts too
-        for part, valid in zip(x.tensor_split(chunks), masks, strict=True):
-            if part.numel():
-                self.population.add(part, valid)
+        self.populations[self.domain].add(zip(x.tensor_split(chunks), masks, strict=True), shown(self.name))
 
     def one_value(self, x: Tensor) -> bool:
         """Whether this input gives one value to a statistic, so that batch statistics mean nothing."""
@@ -200,138 +311,64 @@ class _Layer:
             return x.size(0) % n != 0 or x.numel() <= n * x.size(1)
         return self.spec.layout(tuple(x.shape)).count <= 1
 
+    def by_batch(self, x: Tensor, mask: Tensor | None) -> None:
+        """Let the coming call normalize by its own input's statistics, where they mean something."""
+        if not isinstance(self.module, (nn.SyncBatchNorm, SplitBatchNorm)):
+            self.module.training = not self.one_value(x)
+        elif x.numel() and not self.one_value(x):
+            # training would wait for other processes, or cut the batch: evaluate with the batch's own statistics
+            batch = Population(self.spec)
+            batch.add([(x, mask)], shown(self.name))
+            (moments,) = batch.blocks
+            buffers = dict(self.buffers())
+            write(self.row(buffers["running_mean"], self.domain), moments.mean)
+            write(self.row(buffers["running_var"], self.domain), moments.m2 / moments.count.clamp(min=1))
+
+    def row(self, buffer: Tensor, domain: int) -> Tensor:
+        """A domain's part of a running statistic."""
+        return buffer[domain] if isinstance(self.module, SplitBatchNorm) else buffer
+
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         for key in ("running_mean", "running_var", "num_batches_tracked"):
             if isinstance(buffer := getattr(self.module, key, None), Tensor):
                 yield key, buffer
 
-    def finish(self) -> None:
-        """Write the population's statistics into the registered buffers, or say why they are none."""
-        mean, var = self.population.moments(self.name)
-        for key, value in (("running_mean", mean), ("running_var", var)):
-            buffer = getattr(self.module, key)
-            if buffer is None:
-                continue
-            if buffer.shape != value.shape:
-                raise ValueError(
-                    f"The statistics of {shown(self.name)!r} by {self.spec.pattern!r} have shape {tuple(value.shape)}, "
-                    f"its {key} {tuple(buffer.shape)}: this class keeps other statistics; name it in `frozen=`."
-                )
-            bad = ~value.to(buffer.dtype).isfinite().flatten()
-            if bad.any():
-                raise ValueError(
-                    f"The {key} of {shown(self.name)!r} over these batches is not finite in {int(bad.sum())} of "
-                    f"{bad.numel()} channels, first in channel {int(bad.nonzero()[0])}: its input holds inf or NaN, or "
-                    f"overflows {buffer.dtype}. Nothing was changed; look at the batches and the layers before."
-                )
-            write(buffer, value)
-        counter = getattr(self.module, "num_batches_tracked", None)
+    def finish(self, populations: dict[int, Population], batches: int) -> None:
+        """Write the populations' statistics into the registered buffers, or say why they are none."""
+        self.populations, self.batches = populations, batches
+        buffers = dict(self.buffers())
+        for domain, population in populations.items():
+            mean, var = population.moments(shown(self.name))
+            for key, value in (("running_mean", mean), ("running_var", var)):
+                if key in buffers:
+                    self._write(key, self.row(buffers[key], domain), value)
         # torch's instance norms register the counter and never count
-        if counter is not None and not isinstance(self.module, _InstanceNorm):
-            write(counter, torch.tensor(self.population.calls))
+        if "num_batches_tracked" in buffers and not isinstance(self.module, _InstanceNorm):
+            write(buffers["num_batches_tracked"], torch.tensor(max(p.calls for p in populations.values())))
+        if self.errors:
+            self.error = max(p.standard_error() for p in populations.values())
         self.module.training = False
         self.final = True
 
-
-class _Population:
-    """Mean and variance of a growing set of values, one for each running statistic, in float64.
-
-    `kind` says what a value counts: `"all"` pools everything; `"chunks"` takes the variance within each chunk of the
-    batch (ghost batch norm); `"samples"` averages the statistics of the samples, each once (instance norm).
-    """
-
-    def __init__(self, spec: NormSpec, kind: str | None = None) -> None:
-        self.spec, self.kind = spec, kind
-        self.calls = 0
-        self.shape: tuple[int, ...] = ()
-        self.state: tuple[Tensor, ...] | None = None
-
-    def add(self, x: Tensor, mask: Tensor | None) -> None:
-        """Merge the values of one input."""
-        layout = self.spec.layout(tuple(x.shape))
-        self.shape = layout.running_shape
-        if self.kind is None:
-            within = any(i < layout.parts[0] for i in layout.reduced)
-            self.kind = "all" if not layout.merged else "chunks" if within else "samples"
-        count, mean, m2 = _moments(x, layout, mask, self.spec.center)
-        if self.kind == "all":
-            new = (count, mean, m2)
-            self.state = new if self.state is None else _chan(self.state, new)
-            return
-        if self.kind == "chunks":
-            terms = (count, count * mean, m2, (count - int(self.spec.center)).clamp(min=0))
-        else:
-            some = (count > 0).double()
-            terms = (some, some * mean, m2 / (count - int(self.spec.center)).clamp(min=1), some)
-        if layout.merged:
-            terms = tuple(term.sum(layout.merged, keepdim=True) for term in terms)
-        self.state = terms if self.state is None else tuple(a + b for a, b in zip(self.state, terms, strict=True))
-
-    def moments(self, name: str) -> tuple[Tensor, Tensor]:
-        """Mean and unbiased variance (mean square without centring), in the shape of the running statistics."""
-        if self.kind == "all" and self.state:
-            count, mean, m2 = self.state
-            divisor = count - int(self.spec.center)
-        elif self.state:
-            count, total, m2, divisor = self.state
-            mean = total / count
-        else:
-            mean = m2 = divisor = torch.zeros(())
-        if not bool((divisor >= 1).all()):
+    def _write(self, key: str, buffer: Tensor, value: Tensor) -> None:
+        if buffer.shape != value.shape:
             raise ValueError(
-                f"A variance needs at least two values, and {shown(name)!r} met fewer over these batches; "
-                "pass more batches, or a mask that leaves some positions."
+                f"The statistics of {shown(self.name)!r} by {self.spec.pattern!r} have shape {tuple(value.shape)}, "
+                f"its {key} {tuple(buffer.shape)}: this class keeps other statistics; name it in `frozen=`."
             )
-        return mean.reshape(self.shape), (m2 / divisor).reshape(self.shape)
+        bad = ~value.to(buffer.dtype).isfinite().flatten()
+        if bad.any():
+            raise ValueError(
+                f"The {key} of {shown(self.name)!r} over these batches is not finite in {int(bad.sum())} of "
+                f"{bad.numel()} channels, first in channel {int(bad.nonzero()[0])}: its input holds inf or NaN, or "
+                f"overflows {buffer.dtype}. Nothing was changed; look at the batches and the layers before."
+            )
+        write(buffer, value)
 
 
-def _chan(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Count, mean and M2 of two sets together (Chan, Golub & LeVeque 1983)."""
-    (na, mean_a, m2a), (nb, mean_b, m2b) = a, b
-    n = na + nb
-    share = nb / n.clamp(min=1)
-    delta = mean_b - mean_a
-    return n, mean_a + delta * share, m2a + m2b + delta.square() * na * share
-
-
-def _moments(x: Tensor, layout: Layout, mask: Tensor | None, center: bool) -> tuple[Tensor, ...]:
-    """Count, mean (0 without centring) and M2 of every statistic of one input, in float64 and two passes."""
-    x = x.reshape(layout.split)
-    valid = None if mask is None else mask.reshape(layout.mask_view(tuple(mask.shape))).expand(layout.split)
-    along = max(range(x.dim()), key=lambda i: layout.split[i])
-    step = max(1, _PIECE * x.size(along) // x.numel())
-    total: tuple[Tensor, ...] | None = None
-    pieces = []
-    for start in range(0, x.size(along), step):
-        length = min(step, x.size(along) - start)
-        piece = x.narrow(along, start, length)
-        piece = (piece.cpu() if piece.device.type == "mps" else piece).double()  # mps has no float64
-        kept = None if valid is None else valid.narrow(along, start, length).to(piece.device)
-        part = _piece_moments(piece, layout.reduced, kept, center)
-        if along in layout.reduced:
-            total = part if total is None else _chan(total, part)
-        else:
-            pieces.append(part)
-    return total or tuple(torch.cat(values, along) for values in zip(*pieces, strict=True))
-
-
-def _piece_moments(x: Tensor, dims: tuple[int, ...], valid: Tensor | None, center: bool) -> tuple[Tensor, ...]:
-    if valid is None:
-        mean = x.mean(dims, keepdim=True)
-        count = torch.full_like(mean, math.prod(x.size(i) for i in dims))
-    else:
-        count = valid.sum(dims, keepdim=True, dtype=torch.float64)
-        x = torch.where(valid, x, 0.0)  # padding may hold anything, NaN included
-        mean = x.sum(dims, keepdim=True) / count.clamp(min=1)
-    if not center:
-        return count, torch.zeros_like(mean), x.square().sum(dims, keepdim=True)
-    deviation = x - mean
-    if valid is not None:
-        deviation = torch.where(valid, deviation, 0.0)
-    return count, mean, deviation.square_().sum(dims, keepdim=True)
-
-
-def _find(model: nn.Module, frozen: Collection[str]) -> tuple[list[_Layer], dict[str, str]]:
+def _find(
+    model: nn.Module, frozen: Collection[str], stats: str, tolerance: float | None
+) -> tuple[list[_Layer], dict[str, str]]:
     """The layers to recalibrate, and those left alone with the reason."""
     frozen = {frozen} if isinstance(frozen, str) else set(frozen)
     modules = named_modules_once(model)
@@ -356,14 +393,16 @@ def _find(model: nn.Module, frozen: Collection[str]) -> tuple[list[_Layer], dict
         elif any(is_lazy(buffer) for buffer in module.buffers(recurse=False)):
             raise ValueError(f"{shown(names[0])!r} does not know its size before an input; run the model once first.")
         else:
-            layers.append(_Layer(names[0], names[1:], module, spec))
+            momentum = _momentum(module)
+            decay = None if stats == "population" else 1.0 - (momentum or 0.0)
+            layers.append(_Layer(names[0], names[1:], module, spec, decay, tolerance is not None))
     return layers, skipped
 
 
 def _spec(module: nn.Module) -> NormSpec | None:
     """The axes of the statistics that a layer tracks; None for a class whose statistics are not known."""
-    if isinstance(module, GhostBatchNorm):
-        return CATALOG["BatchNorm"].spec  # of each chunk
+    if isinstance(module, (GhostBatchNorm, SplitBatchNorm, BatchRenorm, SwitchNorm, EvoNormB0)):
+        return CATALOG["BatchNorm"].spec  # of each chunk, each domain
     spec = getattr(module, "spec", None)
     if isinstance(spec, NormSpec):
         return spec if spec.running else None
@@ -379,12 +418,16 @@ def _frozen(names: tuple[str, ...], module: nn.Module, model: nn.Module, frozen:
             return f"{listed!r} is in frozen="
     if getattr(module, "nw_frozen", False):
         return "marked nw_frozen"
-    new_weight = getattr(module, "new_weight", getattr(module, "momentum", None))
-    if new_weight is not None and new_weight == 0:
+    if _momentum(module) == 0:
         return "its momentum is 0"
     if model.training and not module.training:
         return "in evaluation mode while the model trains"
     return None
+
+
+def _momentum(module: nn.Module) -> float | None:
+    """The weight of the new batch in the running statistics; None for the cumulative average."""
+    return getattr(module, "new_weight", getattr(module, "momentum", None))
 
 
 def _cut(batches: Iterable[Any] | Tensor, batch_size: int) -> Iterable[Any]:
@@ -399,6 +442,19 @@ def _generators(batches: Any) -> list[torch.Generator]:
 
 
 @contextmanager
+def _in_domain(splits: list[SplitBatchNorm], domain: int | None) -> Iterator[None]:
+    """All these layers switched to a domain."""
+    before = [layer.split for layer in splits]
+    try:
+        for layer in splits:
+            layer.split = layer.split if domain is None else domain
+        yield
+    finally:
+        for layer, split in zip(splits, before, strict=True):
+            layer.split = split
+
+
+@contextmanager
 def _scratch_buffers(layers: list[_Layer]) -> Iterator[None]:
     """Let the layers work on copies of their buffers, so that nothing done meanwhile reaches the real ones."""
     real = [(layer.module, dict(layer.module._buffers)) for layer in layers]
@@ -406,6 +462,8 @@ def _scratch_buffers(layers: list[_Layer]) -> Iterator[None]:
         for module, buffers in real:
             for key, buffer in buffers.items():
                 module._buffers[key] = None if buffer is None else buffer.clone()
+            if isinstance(module, BatchRenorm):
+                module.set_limits(1.0, 0.0)  # otherwise its batch statistics would be drawn towards the stale ones
         yield
     finally:
         for module, buffers in real:
@@ -422,8 +480,61 @@ def _watch(stack: ExitStack, layers: list[_Layer], see: Callable[[_Layer, Tensor
         stack.callback(layer.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
 
-def _one_pass(layers: list[_Layer], read: Callable[[], int]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Seen:
+    """What one process has read and seen so far in a pass."""
+
+    batches: int
+    ended: bool
+    called: tuple[str, ...]
+    populations: dict[str, dict[int, Population]]
+
+
+def _merged(parts: list[_Seen]) -> dict[str, dict[int, Population]]:
+    """The populations of all processes together, by layer and domain."""
+    found: dict[str, dict[int, list[Population]]] = {}
+    for part in parts:
+        for name, by_domain in part.populations.items():
+            for domain, population in by_domain.items():
+                found.setdefault(name, {}).setdefault(domain, []).append(population)
+    return {name: {d: Population.merged(all_) for d, all_ in by.items()} for name, by in found.items()}
+
+
+def _pass(
+    read: Callable[[], Iterator[None]],
+    ranks: Ranks,
+    tolerance: float | None,
+    watched: Callable[[], tuple[set[str], list[_Layer]]],
+) -> list[_Seen]:
+    """One pass over the data of all processes, or as much as the tolerance needs; what each saw, by rank."""
+    count, goal = 0, sys.maxsize if tolerance is None else LEAST_BLOCKS
+
+    with closing(read()) as batches:  # type: ignore[type-var]
+
+        def further() -> _Seen:
+            nonlocal count
+            count += sum(1 for _ in islice(batches, goal - count))
+            called, layers = watched()
+            populations = {layer.name: {d: p.cpu() for d, p in layer.populations.items()} for layer in layers}
+            return _Seen(count, count < goal, tuple(called), populations)
+
+        while True:
+            _, parts = ranks.together(further, lambda seen: seen)
+            if all(part.ended for part in parts):
+                return parts
+            known = [p.standard_error() for by in _merged(parts).values() for p in by.values()]
+            if known and tolerance is not None and all(error <= tolerance for error in known):
+                return parts
+            # looked at after growing spans, and not after each batch, so that chance does not end it early
+            goal = math.ceil(1.25 * goal)
+
+
+_Turn = Callable[[Callable[[], tuple[set[str], list[_Layer]]]], list[_Seen]]
+
+
+def _one_pass(layers: list[_Layer], turn: _Turn, tolerance: float | None) -> dict[str, Any]:
     """All layers at once, each normalizing by its own batch statistics meanwhile."""
+    called: set[str] = set()
 
     def see(layer: _Layer, x: Tensor, mask: Tensor | None) -> None:
         if x.numel() and layer.one_value(x):
@@ -431,21 +542,22 @@ def _one_pass(layers: list[_Layer], read: Callable[[], int]) -> dict[str, Any]:
                 "In one pass each layer normalizes by its own batch statistics, which need more than one value; "
                 f'{shown(layer.name)!r} got {tuple(x.shape)}. Leave that batch out, or use method="layerwise".'
             )
+        called.add(layer.name)
         layer.add(x, mask)
+        layer.by_batch(x, mask)
 
     with ExitStack() as stack:
         _watch(stack, layers, see)
-        for layer in layers:
-            layer.module.training = True
-        count = _some(read())
+        parts = turn(lambda: (called, [layer for layer in layers if layer.name in called]))
+    count, merged = sum(_some(parts)), _merged(parts)
     for layer in layers:
         layer.module.training = False
-        if layer.population.calls:
-            layer.finish()
+        if layer.name in merged:
+            layer.finish(merged[layer.name], count)
     return {"batches": count, "passes": 1}
 
 
-def _layerwise(layers: list[_Layer], read: Callable[[], int]) -> dict[str, Any]:
+def _layerwise(layers: list[_Layer], turn: _Turn, tolerance: float | None) -> dict[str, Any]:
     """In each pass the first layer that has no final statistics yet."""
     target: _Layer | None = None
     called: set[str] = set()
@@ -459,37 +571,50 @@ def _layerwise(layers: list[_Layer], read: Callable[[], int]) -> dict[str, Any]:
         if layer is target:
             layer.add(x, mask)
         # matters only where a forward comes back to a layer: stale statistics would enter its later inputs
-        layer.module.training = not layer.one_value(x)
+        layer.by_batch(x, mask)
 
-    passes, first = 0, 0
+    def watched() -> tuple[set[str], list[_Layer]]:
+        return called, [target] if target else []
+
+    passes, most, first = 0, 0, []
     with ExitStack() as stack:
         _watch(stack, layers, see)
         while True:
             target = None
-            count = read()
-            passes += 1
-            first = first or _some(count)
-            if count != first:
+            parts = turn(watched)
+            lengths, merged = _some(parts) if not passes else [part.batches for part in parts], _merged(parts)
+            passes, most, first = passes + 1, max(most, sum(lengths)), first or lengths
+            for rank, (one, now) in enumerate(zip(first, lengths, strict=True)):
+                if one != now and tolerance is None:
+                    whose = f" of process {rank}" if len(first) > 1 else ""
+                    raise ValueError(
+                        f"Layer by layer reads the same data in each pass; the first pass{whose} had {one} batches and "
+                        f'pass {passes} had {now}. Pass a list, or method="one_pass".'
+                    )
+            if len(merged) > 1:
                 raise ValueError(
-                    f"Layer by layer reads the same data in each pass; the first pass had {first} batches and pass "
-                    f'{passes} had {count}. Pass a list, or method="one_pass".'
+                    "Layer by layer takes one layer a pass, and processes met different ones first: "
+                    f'{", ".join(map(repr, map(shown, merged)))}. Use method="one_pass".'
                 )
-            if target is not None:
-                target.finish()
+            for layer in layers:
+                if layer.name in merged:
+                    layer.finish(merged[layer.name], sum(lengths))
+            met = {name for part in parts for name in part.called}
             # without a target, a forward that varies did not come back to the rest
-            if target is None or all(layer.final for layer in layers if layer.name in called):
-                return {"batches": first, "passes": passes}
+            if not merged or all(layer.final for layer in layers if layer.name in met):
+                return {"batches": most, "passes": passes}
 
 
-def _some(count: int) -> int:
-    if not count:
+def _some(parts: list[_Seen]) -> list[int]:
+    """The number of batches by rank, or that there were none."""
+    lengths = [part.batches for part in parts]
+    if not sum(lengths):
         raise ValueError("Statistics need data, and there were no batches; check the loader (its length, drop_last).")
-    return count
+    return lengths
 
 
-def _edit(layer: _Layer, after: dict[str, Tensor]) -> Edit:
+def _edit(layer: _Layer, before: dict[str, Tensor], after: dict[str, Tensor]) -> Edit:
     """The receipt's line: averages over the channels, and how far the statistics were from the truth."""
-    before = dict(layer.buffers())
     numbers = [
         {key: int(v) if key == "num_batches_tracked" else float(v.double().mean()) for key, v in side.items()}
         for side in (before, after)
@@ -502,4 +627,9 @@ def _edit(layer: _Layer, after: dict[str, Tensor]) -> Edit:
         measured["mean moved, sd, at most"] = float(shift[new > 0].max()) if bool((new > 0).any()) else 0.0
     if ratio.numel():
         measured["variance ×, least"], measured["variance ×, most"] = float(ratio.min()), float(ratio.max())
-    return Edit("running statistics", numbers[0], numbers[1], measured, layer.also)
+    if layer.errors:
+        measured |= {"batches": layer.batches, "standard error": layer.error}
+    what = "running statistics"
+    if isinstance(layer.module, SplitBatchNorm):
+        what += f" of domain {', '.join(map(str, sorted(layer.populations)))}"
+    return Edit(what, numbers[0], numbers[1], measured, layer.also)
