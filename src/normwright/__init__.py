@@ -17,6 +17,7 @@ from .layers.norm import ChannelNorm, FilterResponseNorm, GhostBatchNorm, Norm
 from .layers.probability_integral import ProbabilityIntegralTransform
 from .layers.split_batch_norm import SplitBatchNorm
 from .layers.switch_norm import SwitchNorm
+from .layers.sync_batch_norm import SyncBatchNorm, distributed_data_parallel, virtual_sync
 from .layers.twins import (
     BatchNorm1d,
     BatchNorm2d,
@@ -80,11 +81,13 @@ __all__ = [
     "ScaledStdConv2d",
     "SplitBatchNorm",
     "SwitchNorm",
+    "SyncBatchNorm",
     "WeightStandardization",
     "Whitening",
     "accelerate",
     "activate",
     "activation_gain",
+    "distributed_data_parallel",
     "explain",
     "gradcheck",
     "normalize",
@@ -94,6 +97,7 @@ __all__ = [
     "standardize_weights",
     "tune_allocator",
     "use",
+    "virtual_sync",
 ]
 
 

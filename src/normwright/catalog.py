@@ -126,6 +126,15 @@ CATALOG: dict[str, Row] = {
             "K networks at once, channels concatenated: exactly K independent batch norms.",
         ),
         Row(
+            "SyncBatchNorm",
+            None,
+            "weight, bias: (c); running_mean, running_var: (c)",
+            f"{_STANDARDIZE}, mean and var over the batches of all processes",
+            "Peng et al. 2018, arXiv:1711.07240",
+            ("SyncBatchNorm",),
+            note="Or over the micro-batches of an accumulated step, by virtual_sync.",
+        ),
+        Row(
             "BatchRenorm",
             None,
             "weight, bias: (c); running_mean, running_var: (c); r_max, d_max: ()",
