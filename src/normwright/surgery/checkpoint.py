@@ -8,12 +8,12 @@ study needs no factory: its note names the study and the settings.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import io
 import json
 import math
-import pickle
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -106,10 +106,8 @@ def _unpickled(path: Path) -> Any:
                 f"{path} {what}, and only tensors, numbers, strings, lists and dicts are read (weights_only=True); "
                 "save model.state_dict() in place of the whole object."
             ) from error
-        damaged = isinstance(error, (pickle.UnpicklingError, EOFError, KeyError, RuntimeError))
         raise UserError(
-            f"{path} is {'no checkpoint of torch.save, or it is damaged' if damaged else 'damaged'} "
-            f"({type(error).__name__}); save it again."
+            f"{path} is no checkpoint of torch.save, or it is damaged ({type(error).__name__}); save it again."
         ) from error
 
 
@@ -206,7 +204,8 @@ def named_object(text: str, option: str) -> Any:
 
 def _module(path: Path) -> ModuleType:
     path = path.resolve()
-    name = f"normwright file {path}"  # can be no other module's name, and a file named twice is run once
+    # no other module's name, whatever the file is called; a file named twice is run once
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}".replace(".", "_")
     if name in sys.modules:
         return sys.modules[name]
     if str(path.parent) not in sys.path:
