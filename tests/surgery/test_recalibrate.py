@@ -2,7 +2,6 @@
 
 import copy
 import random
-import sys
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
+from normwright import BatchRenorm, EvoNormB0, SplitBatchNorm, SwitchNorm
 from normwright.layers import norm as nwn
 from normwright.layers import twins
 from normwright.surgery import population, recalibrate
@@ -707,3 +707,225 @@ def test_the_receipt_measures_the_outputs(method):
     assert edit.measured["mean moved, sd, at most"] == pytest.approx(moved, rel=1e-5)
     assert edit.measured["variance ×, most"] == pytest.approx(model[1].running_var.max().item(), rel=1e-6)
     assert recalibrate(model, x).max_difference is None
+
+
+def test_standard_error_of_independent_values():
+    # of a normal distribution: sd/√n for the mean, √(2/n) for the variance
+    layer, tolerance, n = nn.BatchNorm1d(1), 0.02, 50
+    data = [torch.randn(n, 1) * 3 + 5 for _ in range(400)]
+    receipt = recalibrate(layer, data, tolerance=tolerance)
+    used = receipt.facts["batches"]
+    assert receipt.facts["standard error"] == pytest.approx((2 / (used * n)) ** 0.5, rel=0.4)
+    assert receipt.facts["standard error"] <= tolerance == receipt.facts["tolerance"]
+    assert 2 / tolerance**2 / n / 2 < used < 2 / tolerance**2 / n * 2.5
+    check(layer, *truth(torch.cat(data[:used]), 0))
+    assert receipt.edits[""].measured["standard error"] == receipt.facts["standard error"]
+    assert receipt.edits[""].measured["batches"] == used == layer.num_batches_tracked.item()
+
+
+def test_standard_error_of_correlated_values():
+    # values of a batch share a shift of variance 1 and have 0.25 of their own: 32 batches are 32 values, not 3200
+    generator = np.random.default_rng(0)
+    shifts = generator.normal(size=32)
+    data = [torch.tensor(shift + generator.normal(size=(100, 1)) * 0.5) for shift in shifts]
+    layer = nn.BatchNorm1d(1).double()
+    error = recalibrate(layer, data, tolerance=1e-9).facts["standard error"]
+    x, k = torch.stack(data).squeeze(-1).numpy(), 32
+    mean, var = x.mean(), x.var()
+    of_mean = x.mean(1).std(ddof=1) / k**0.5 / var**0.5
+    of_var = ((x - mean) ** 2).mean(1).std(ddof=1) / k**0.5 / var
+    assert error == pytest.approx(max(of_mean, of_var), rel=1e-9)
+    assert of_mean > 0.1  # by the number of values it would be 0.018
+    assert recalibrate(layer, data, tolerance=0.1).facts["batches"] == 32
+
+
+def test_standard_error_sees_runs_of_batches():
+    # the batches wander slowly: 32 neighbours resemble each other, and pairs of blocks are merged as they grow
+    steps = torch.arange(256.0).double()
+    slow = torch.sin(steps / 20).unsqueeze(1)
+    layer = nn.BatchNorm1d(1).double()
+    noise = torch.randn(256, 1, 1).double() * 0.01
+    error = recalibrate(layer, list(slow.unsqueeze(1).expand(-1, 4, 1) + noise), tolerance=1e-9).facts["standard error"]
+    x = (slow.unsqueeze(1) + noise).flatten().numpy()
+    blocks = x.reshape(32, 8)  # 256 batches leave 32 blocks of 8
+    of_mean = blocks.mean(1).std(ddof=1) / 32**0.5 / x.std()
+    of_var = ((blocks - x.mean()) ** 2).mean(1).std(ddof=1) / 32**0.5 / x.var()
+    assert error == pytest.approx(max(of_mean, of_var), rel=1e-9)
+
+
+def test_standard_error_of_blocks_of_unequal_size():
+    # the delta method by jackknife-free algebra: a ratio of sums
+    sizes = [3 + i % 5 for i in range(20)]
+    data = [torch.randn(n, 2).double() + i % 3 for i, n in enumerate(sizes)]
+    layer = nn.BatchNorm1d(2).double()
+    error = recalibrate(layer, data, tolerance=1e-9).facts["standard error"]
+    x, n, k = np.concatenate([d.numpy() for d in data]), np.array(sizes), 20
+    mean, var, errors = x.mean(0), x.var(0), []
+    for values, total, unit in ((x, mean, np.sqrt(var)), ((x - mean) ** 2, var, var)):
+        sums = np.array([part.sum(0) for part in np.split(values, np.cumsum(n)[:-1])])
+        residual = sums - n[:, None] * total
+        errors.append(np.sqrt(k / (k - 1) * (residual**2).sum(0)) / n.sum() / unit)
+    assert error == pytest.approx(np.max(errors), rel=1e-9)
+
+
+@BOTH
+def test_each_pass_stops_on_its_own(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    data = [torch.randn(20, 3) for _ in range(300)]
+    receipt = recalibrate(model, data, tolerance=0.05, method=method)
+    measured = [receipt.edits[name].measured for name in ("0", "2", "3")]
+    assert all(m["standard error"] <= 0.05 for m in measured)
+    assert max(m["batches"] for m in measured) == receipt.facts["batches"] < 300
+    check(model[0], *truth(torch.cat(data[: measured[0]["batches"]]), 0))
+    if method == "one_pass":
+        assert len({m["batches"] for m in measured}) == 1
+    # constant channels are known exactly, and the third layer's outputs are nearly the second's
+    constant = nn.BatchNorm1d(2)
+    assert recalibrate(constant, [torch.ones(4, 2)] * 40, tolerance=0.01).facts["batches"] == 16
+
+
+def test_a_tolerance_that_is_not_reached_reads_everything():
+    layer, x = nn.BatchNorm1d(3), torch.randn(300, 3)
+    receipt = recalibrate(layer, x, batch_size=10, tolerance=0.001)
+    check(layer, *truth(x, 0))
+    assert receipt.facts["batches"] == 30
+    assert receipt.facts["standard error"] > 0.001
+    assert recalibrate(layer, x, batch_size=100, tolerance=0.1).facts["standard error"] == float("inf")  # 3 batches
+    for wrong, options in (("positive standard error", {}), ("forgets as it reads", {"stats": "ema"})):
+        with pytest.raises(ValueError, match=wrong):
+            recalibrate(layer, x, tolerance=0.1 if options else 0.0, **options)
+
+
+@BOTH
+@pytest.mark.parametrize("momentum", [0.3, 1.0, None])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m: nn.BatchNorm1d(3, momentum=m),
+        lambda m: twins.InstanceNorm1d(3, momentum=m, track_running_stats=True),
+        lambda m: nwn.Norm("[b] c [s...]", c=3, new_weight=m),
+    ],
+    ids=["batch", "instance", "Norm"],
+)
+def test_exponential_averages_are_training_s_without_the_start(method, momentum, make):
+    if momentum is None and isinstance(make(0.1), nn.InstanceNorm1d):
+        pytest.skip("torch's instance norm does not average with momentum None")
+    x = [torch.randn(6, 3, 5) * (1 + i) + i for i in range(4)]
+    ours, theirs = make(momentum), make(momentum)
+    start = (theirs.running_mean.clone(), theirs.running_var.clone())
+    for batch in x:
+        theirs.train()(batch)
+    left = 0.0 if momentum is None else (1 - momentum) ** 4
+    want = [(t - left * s) / (1 - left) for t, s in zip((theirs.running_mean, theirs.running_var), start, strict=True)]
+    receipt = recalibrate(ours, x, stats="ema", method=method)
+    check(ours, *(value.numpy() for value in want), rtol=1e-5)
+    assert receipt.facts["stats"] == "ema"
+    with pytest.raises(
+        ValueError, match=r"at least two values, and '\(the model\)' met fewer in a batch|more than one"
+    ):
+        recalibrate(nn.BatchNorm1d(3), [torch.randn(4, 3), torch.randn(1, 3)], stats="ema", method=method)
+    with pytest.raises(ValueError, match="stats is one of 'population', 'ema'; got 'mean'"):
+        recalibrate(ours, x, stats="mean")
+
+
+@BOTH
+@pytest.mark.parametrize("make", [BatchRenorm, SwitchNorm, EvoNormB0], ids=lambda cls: cls.__name__)
+def test_layers_outside_the_notation(method, make):
+    torch.manual_seed(0)
+    model = nn.Sequential(make(2), nn.Conv2d(2, 3, 1), make(3))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.running_var.fill_(50.0)  # stale, and must not reach the result
+    x = torch.randn(23, 2, 4, 4) * 3 + 2
+    recalibrate(model, x, batch_size=8, method=method)
+    np.testing.assert_allclose(model[0].running_var.numpy(), truth(x, (0, 2, 3))[1], rtol=1e-5)
+    if make is not EvoNormB0:
+        check(model[0], *truth(x, (0, 2, 3)))
+    if method == "layerwise":
+        inner = model[1](model.eval()[0](x)).detach()
+    else:
+        fresh = copy.deepcopy(model[0]).train()
+        if make is BatchRenorm:
+            fresh.set_limits(1, 0)
+            assert model[0].r_max.item() == 3
+        inner = torch.cat([model[1](fresh(part)).detach() for part in x.split(8)])
+    np.testing.assert_allclose(model[2].running_var.numpy(), truth(inner, (0, 2, 3))[1], rtol=1e-4)
+    assert model[2].num_batches_tracked.item() == 3
+
+
+def domains_net():
+    torch.manual_seed(0)
+    return nn.Sequential(SplitBatchNorm(3, 2), nn.Linear(3, 3), SplitBatchNorm(3, 2), nn.BatchNorm1d(3))
+
+
+@BOTH
+@pytest.mark.parametrize("how", ["list", "mapping", "generators"])
+def test_each_domain_from_its_own_data(method, how):
+    model = domains_net()
+    model[0].split = model[2].split = 1
+    x = [torch.randn(20, 3) * 2 + 1, torch.randn(14, 3) * 5 - 3]
+    if how == "generators" and method == "layerwise":
+        with pytest.raises(ValueError, match="generator can be read once only"):
+            recalibrate(model, domains=[(p for p in part.split(7)) for part in x])
+        return
+    domains = {"list": x, "mapping": {1: x[1].split(7), 0: x[0].split(7)}, "generators": [iter(p.split(7)) for p in x]}
+    receipt = recalibrate(model, domains=domains[how], batch_size=7, method=method)
+    assert (model[0].split, model[2].split, model.training) == (1, 1, True)
+    assert receipt.edits["0"].what == "running statistics of domain 0, 1"
+    last = []
+    for d, part in enumerate(x):
+        mean, var = truth(part, 0)
+        np.testing.assert_allclose(model[0].running_mean[d].numpy(), mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(model[0].running_var[d].numpy(), var, rtol=1e-5)
+        parts = [part] if method == "layerwise" else part.split(7)
+        inner = []
+        for piece in parts:  # normalized by the domain, or each batch by itself
+            m, v = truth(piece, 0) if method == "layerwise" else (piece.double().mean(0), piece.double().var(0, False))
+            y = (piece.double() - torch.as_tensor(m)) / (torch.as_tensor(v) + 1e-5).sqrt()
+            inner.append(y @ model[1].weight.double().T + model[1].bias.double())
+        np.testing.assert_allclose(model[2].running_mean[d].numpy(), truth(torch.cat(inner).detach(), 0)[0], atol=2e-6)
+        np.testing.assert_allclose(model[2].running_var[d].numpy(), truth(torch.cat(inner).detach(), 0)[1], rtol=1e-5)
+        for y in inner:
+            m, v = truth(torch.cat(inner).detach(), 0) if method == "layerwise" else (y.mean(0), y.var(0, False))
+            last.append(((y - torch.as_tensor(m)) / (torch.as_tensor(v) + 1e-5).sqrt()).detach())
+    check(model[3], *truth(torch.cat(last), 0), rtol=1e-5)  # an ordinary layer sees all domains
+    assert model[3].num_batches_tracked.item() == 5
+    assert model[0].num_batches_tracked.item() == 3
+    receipt.undo()
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), domains_net().state_dict().values(), strict=True)
+    )
+
+
+@BOTH
+def test_without_domains_the_one_in_use(method):
+    model, x = domains_net(), torch.randn(20, 3) * 2 + 1
+    model[0].split = model[2].split = 1
+    receipt = recalibrate(model, x, batch_size=7, method=method)
+    assert receipt.edits["2"].what == "running statistics of domain 1"
+    np.testing.assert_allclose(model[0].running_var[1].numpy(), truth(x, 0)[1], rtol=1e-5)
+    assert torch.equal(model[0].running_var[0], torch.ones(3))
+    assert torch.equal(model[2].running_mean[0], torch.zeros(3))
+
+
+def test_wrong_domains():
+    model, x = domains_net(), torch.randn(20, 3)
+    for arguments, options, wrong in (
+        ((x,), {"domains": [x]}, "one of the two"),
+        ((), {}, "one of the two"),
+        ((), {"domains": [x, x, x]}, r"domains 0 to 1, got \[0, 1, 2\]"),
+        ((), {"domains": {"clean": x}}, r"domains 0 to 1, got \['clean'\]"),
+        ((), {"domains": [x], "tolerance": 0.1}, "With domains= all data are read"),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            recalibrate(model, *arguments, **options)
+    with pytest.raises(ValueError, match="this model's layers have none"):
+        recalibrate(nn.BatchNorm1d(3), domains=[x])
+
+    def broken(m, batch):
+        raise OSError("broken here")
+
+    with pytest.raises(OSError, match="broken here"):
+        recalibrate(model, domains={1: x}, forward=broken)
+    assert model[0].split == 0
