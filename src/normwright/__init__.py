@@ -40,7 +40,7 @@ from .layers.whitening import Whitening
 from .spec import NormSpec, PatternError
 
 if TYPE_CHECKING:
-    from .surgery import Edit, Receipt, accelerate, param_groups, recalibrate
+    from .surgery import Edit, Receipt, accelerate, fold, param_groups, recalibrate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -89,6 +89,7 @@ __all__ = [
     "activation_gain",
     "distributed_data_parallel",
     "explain",
+    "fold",
     "gradcheck",
     "normalize",
     "param_groups",
@@ -106,6 +107,7 @@ _SURGERY = {
     "Edit",
     "Receipt",
     "accelerate",
+    "fold",
     "param_groups",
     "recalibrate",
 }
