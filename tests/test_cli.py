@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 
@@ -129,6 +130,24 @@ def test_other_wrong_commands(command, tmp_path):
         code, _, error = command(*arguments)
         assert code == 2
         assert text in error
+
+
+def test_runs_of_a_dead_machine_are_released(command, tmp_path):
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        study = journal.create_study("lenet", {}, environment={}).id
+        for seed in range(3):
+            journal.add_run(study, "bn", seed, {})
+            journal.claim_run(study)
+    with sqlite3.connect(tmp_path / "journal.sqlite") as other:
+        other.execute("UPDATE run SET host = 'elsewhere' WHERE id < 3")
+    other.close()
+    code, printed, _ = command("runs", tmp_path, "--release", "lenet")
+    assert (code, printed) == (0, "Released 2 runs of lenet; --resume goes on with them.\n")
+    with Journal(tmp_path / "journal.sqlite", mode="read") as journal:
+        assert [run.status for run in journal.runs()] == ["interrupted", "interrupted", "running"]
+    code, _, error = command("runs", tmp_path, "--release", "resnet")
+    assert code == 2
+    assert "has no study 'resnet' (it has: lenet)" in error
 
 
 def test_a_missing_extra_is_named(command, tmp_path, monkeypatch):

@@ -385,6 +385,11 @@ def recalibrate(
     data: DataOption = None,
     model: ModelOption = None,
     method: Annotated[str, typer.Option(help="layerwise (exact, a pass for each layer) or one_pass.")] = "layerwise",
+    stats: Annotated[str, typer.Option(help="population (exact) or ema, as training averages.")] = "population",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Stop at this standard error, in units of a channel's deviation.", show_default="read all"),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Batches to use at most.", show_default="all")] = None,
     batch_size: Annotated[int, typer.Option(help="Images in a batch of a data set.", min=2)] = 256,
     inputs: InputsOption = None,
@@ -396,10 +401,10 @@ def recalibrate(
     json_: JsonOption = False,
 ) -> None:
     """Set the running statistics to the exact ones over --data."""
+    arguments = {"method": method, "stats": stats, "tolerance": tolerance, "limit": limit}
     _operate(
-        "recalibrate", {"method": method, "limit": limit}, json_, checkpoint=checkpoint, out=out, data=data,
-        model=model, batch_size=batch_size, inputs=inputs, data_dir=data_dir, evaluate=evaluate, key=key, force=force,
-        device=device,
+        "recalibrate", arguments, json_, checkpoint=checkpoint, out=out, data=data, model=model, inputs=inputs,
+        batch_size=batch_size, data_dir=data_dir, evaluate=evaluate, key=key, force=force, device=device,
     )  # fmt: skip
 
 
@@ -428,7 +433,15 @@ def fold(
 def convert(
     checkpoint: CheckpointFile,
     out: OutOption,
-    to: Annotated[str, typer.Option(help="The normalization wanted, such as group, layer, sync.", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="batch, sync, renorm, ghost, group, layer, channel, instance, rms, twin, torch or none.",
+            show_default=False,
+        ),
+    ],
+    groups: Annotated[int | None, typer.Option(help="Groups of a group norm, at most.", show_default="32")] = None,
+    chunks: Annotated[int | None, typer.Option(help="Chunks of a ghost batch norm.", show_default=False)] = None,
     model: ModelOption = None,
     inputs: InputsOption = None,
     data: DataOption = None,
@@ -441,8 +454,8 @@ def convert(
 ) -> None:
     """Turn normalization layers into others; with inputs, close to the same function."""
     _operate(
-        "convert", {"to": to}, json_, checkpoint=checkpoint, out=out, data=data, model=model, inputs=inputs,
-        data_dir=data_dir, evaluate=evaluate, key=key, force=force, device=device,
+        "convert", {"to": to, "groups": groups, "chunks": chunks}, json_, checkpoint=checkpoint, out=out, data=data,
+        model=model, inputs=inputs, data_dir=data_dir, evaluate=evaluate, key=key, force=force, device=device,
     )  # fmt: skip
 
 

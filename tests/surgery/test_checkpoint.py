@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+import normwright as nw
 from normwright import cli
-from normwright.lab.errors import UserError
 from normwright.lab.journal import Journal
 from normwright.surgery import checkpoint as files
 
@@ -372,38 +371,78 @@ def test_a_folder_of_the_file_is_on_the_import_path(net):
     sys.modules.pop("beside")
 
 
+# Operations that change the keys ------------------------------------------------------------------------------------
+
+
+def largest_difference(model, other):
+    batch = files.named_object("net.py:batch", "--inputs")
+    with torch.no_grad():
+        return float((model.eval()(batch) - other.eval()(batch)).abs().max())
+
+
+@pytest.mark.parametrize("inputs", [[], ["--inputs", "net.py:batch"]])
+def test_a_folded_state_dict_fits_the_folded_network(command, net, inputs):
+    code, printed, error = command("surgery", "fold", "net.pt", "--model", "net.py:build", *inputs, "--out", "out.pt")
+    assert (code, error) == (0, "")
+    call = "normwright.fold(build(), inputs=inputs).model" if inputs else "normwright.fold(build()).model"
+    assert f"Wrote out.pt: a state dict for {call}." in printed
+    batch = files.named_object("net.py:batch", "--inputs")
+    build = files.named_object("net.py:build", "--model")
+    folded = nw.fold(build(), batch if inputs else None).model
+    folded.load_state_dict(read("out.pt"), strict=True)
+    assert sorted(read("out.pt")) == ["conv.bias", "conv.weight", "head.bias", "head.weight"]
+    # scale and shift by hand, in float64
+    scale = net.norm.weight.double() / (net.norm.running_var.double() + net.norm.eps).sqrt()
+    bias = net.norm.bias + (net.conv.bias - net.norm.running_mean) * scale
+    torch.testing.assert_close(folded.conv.bias.double(), bias.double(), rtol=1e-6, atol=1e-6)
+    assert largest_difference(net, folded) < 1e-4
+    # the file alone, with the factory, is enough
+    assert largest_difference(folded, files.restore("out.pt", build, inputs=batch if inputs else None)) == 0
+    code, printed, _ = command(
+        "surgery", "fold", "out.pt", "--model", "net.py:build", *inputs, "--out", "again.pt", "--json"
+    )
+    assert code == 0
+    found = json.loads(printed)
+    assert found["edits"] == {}
+    assert found["found"][-1] == "Its keys are those of a network after fold, which was done to this one first."
+    if inputs:
+        code, _, error = command("surgery", "fold", "out.pt", "--model", "net.py:build", "--out", "third.pt")
+        assert code == 2
+        assert "was made by fold with inputs, which decide what it changes; give inputs" in error
+
+
 # A study's network -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_studys_lenet_is_recalibrated_from_the_command_line(tmp_path):
-    """Trained with a high learning rate its running averages are stale; the exact ones give what the journal says."""
-    command = [sys.executable, "-m", "normwright"]
+def test_a_studys_lenet_is_recalibrated_from_the_command_line(command, tmp_path):
+    """Trained at a high learning rate its running averages are stale; the exact ones give what the journal says."""
     run, network, mended = tmp_path / "run", tmp_path / "lenet.pt", tmp_path / "mended.safetensors"
 
     def call(*arguments):
-        return subprocess.run(
-            [*command, *map(str, arguments)], check=True, capture_output=True, text=True, cwd=tmp_path
-        ).stdout
+        code, printed, error = command(*arguments)
+        assert (code, error) == (0, "")
+        return printed
 
     call("study", "lenet", "--norm", "bn", "--lr", 4, "--epochs", 2, "--seeds", 1, "--quiet", "--out", run)
     assert "lenet, arm bn, seed 0, after 2 epochs (finished)" in call("runs", run, "--export", 1, "--out", network)
-    found = json.loads(
-        call("surgery", "recalibrate", network, "--data", "digits", "--evaluate", "--out", mended, "--json")
-    )
+    given = ["--data", "digits", "--evaluate", "--json"]
+    found = json.loads(call("surgery", "recalibrate", network, *given, "--out", mended))
     with Journal(run / "journal.sqlite", mode="read") as journal:
         recorded = journal.runs()[0].results
     assert found["found"][1] == "Its network is that of the study lenet, arm bn."
     assert found["test_accuracy"]["before"] == recorded["test_acc"]
     assert found["test_accuracy"]["after"] == recorded["test_acc_recalibrated"]
     assert recorded["test_acc_recalibrated"] > recorded["test_acc"]
-    # the file that was written is enough to go on with
-    again = json.loads(
-        call("surgery", "recalibrate", mended, "--data", "digits", "--evaluate", "--out", tmp_path / "x.pt", "--json")
-    )
-    assert again["test_accuracy"]["before"] == recorded["test_acc_recalibrated"]
-    with pytest.raises(UserError, match="exists already"):
-        files.refuse_existing(mended, force=False)
+    # the file that was written is enough to go on with: folded, it classifies the same images
+    folded = tmp_path / "folded.pt"
+    found = json.loads(call("surgery", "fold", mended, *given, "--out", folded))
+    assert found["test_accuracy"]["before"] == recorded["test_acc_recalibrated"]
+    assert found["test_accuracy"]["after"] == pytest.approx(recorded["test_acc_recalibrated"], abs=0.003)
+    assert sorted(found["edits"]) == ["norm1", "norm2", "norm3", "norm4"]
+    network = files.restore(folded)
+    assert not any("running_mean" in name for name in network.state_dict())
+    assert found["how_to_load"] == f"normwright.surgery.checkpoint.restore({str(folded)!r}) is the network with it"
 
 
 def test_export_names_what_it_cannot_do(command, tmp_path):

@@ -51,7 +51,7 @@ class Checkpoint:
 
     @property
     def operations(self) -> list[dict[str, Any]]:
-        """The operations that gave the state dict its keys, oldest first: `{"operation": …, "arguments": …}`."""
+        """What gave the state dict its keys, oldest first; each with its arguments and whether it had inputs."""
         return list(self.note.get("operations", ()))
 
 
@@ -274,9 +274,19 @@ def _apply(model: nn.Module, operation: str, arguments: Mapping[str, Any], input
 def _loaded(checkpoint: Checkpoint, model: str | Callable[[], nn.Module] | None, inputs: Any) -> nn.Module:
     """The network that the state dict belongs to, with it."""
     network = _built(checkpoint, model)
+    if inputs is None and model is None:
+        # as the study's images are, so that a file exported from it needs nothing else
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.rand(8, *checkpoint.note["network"]["shape"], generator=generator)
     for step in checkpoint.operations:
-        checkpoint.found.append(f"Its keys are of a network after {step['operation']}, which was done to this one too.")
-        network = _apply(network, step["operation"], step["arguments"], inputs).model
+        operation = step["operation"]
+        if step["inputs"] and inputs is None:
+            raise UserError(
+                f"{checkpoint.path} was made by {operation} with inputs, which decide what it changes; give inputs of "
+                "the same shape, as --inputs FILE.py:NAME."
+            )
+        checkpoint.found.append(f"Its keys are those of a network after {operation}, which was done to this one first.")
+        network = _apply(network, operation, step["arguments"], inputs if step["inputs"] else None).model
     _load(network, checkpoint)
     return network
 
@@ -322,7 +332,7 @@ def restore(path: str | Path, model: str | Callable[[], nn.Module] | None = None
         path: a file of `torch.save` or safetensors.
         model: a function that returns the network as it was before any operation, or its name as `"FILE.py:NAME"`;
             None for a file that `normwright runs --export` wrote, or that surgery made of one.
-        inputs: a batch, for operations that need one to find their way through the network.
+        inputs: a batch, where the operations were given one; None makes one up for a study's network.
 
     Errors: `UserError` where the file, the function or their keys are at fault.
     """
@@ -434,7 +444,8 @@ def operate(request: Request) -> Outcome:
     after = _accuracy(receipt.model, dataset, device) if request.evaluate else None
     operations = checkpoint.operations
     if request.operation not in _SAME_KEYS:
-        operations.append({"operation": request.operation, "arguments": dict(request.arguments)})
+        step = {"operation": request.operation, "arguments": dict(request.arguments), "inputs": inputs is not None}
+        operations.append(step)
     write(request.out, receipt.model.cpu().state_dict(), {**checkpoint.note, "operations": operations})
     accuracy = None if before is None or after is None else (before, after)
     return Outcome(request, receipt, tuple(checkpoint.found), _how_to_load(request, operations), accuracy)
@@ -446,8 +457,9 @@ def _how_to_load(request: Request, operations: list[dict[str, Any]]) -> str:
         return f"normwright.surgery.checkpoint.restore({str(request.out)!r}) is the network with it"
     text = f"{request.model.rpartition(':')[2]}()"
     for step in operations:
-        arguments = "".join(f", {name}={value!r}" for name, value in step["arguments"].items())
-        text = f"normwright.{step['operation']}({text}{arguments}).model"
+        given = [f"{name}={value!r}" for name, value in step["arguments"].items()]
+        given += ["inputs=inputs"] if step["inputs"] else []
+        text = f"normwright.{step['operation']}({', '.join([text, *given])}).model"
     return f"a state dict for {text}"
 
 
