@@ -40,7 +40,18 @@ from .layers.whitening import Whitening
 from .spec import NormSpec, PatternError
 
 if TYPE_CHECKING:
-    from .surgery import Edit, Receipt, accelerate, fold, param_groups, recalibrate
+    from .surgery import (
+        Edit,
+        Receipt,
+        accelerate,
+        fold,
+        from_flax,
+        from_keras,
+        param_groups,
+        recalibrate,
+        to_flax,
+        to_keras,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -90,12 +101,16 @@ __all__ = [
     "distributed_data_parallel",
     "explain",
     "fold",
+    "from_flax",
+    "from_keras",
     "gradcheck",
     "normalize",
     "param_groups",
     "recalibrate",
     "schedule_batch_renorm",
     "standardize_weights",
+    "to_flax",
+    "to_keras",
     "tune_allocator",
     "use",
     "virtual_sync",
@@ -108,8 +123,12 @@ _SURGERY = {
     "Receipt",
     "accelerate",
     "fold",
+    "from_flax",
+    "from_keras",
     "param_groups",
     "recalibrate",
+    "to_flax",
+    "to_keras",
 }
 
 

@@ -1,9 +1,22 @@
 """Operations that mend a model, each `op(model, …) -> Receipt`."""
 
 from .accelerate import accelerate
+from .conventions import Translated, from_flax, from_keras, to_flax, to_keras
 from .fold import fold
 from .param_groups import param_groups
 from .recalibrate import recalibrate
 from .receipt import Edit, Receipt
 
-__all__ = ["Edit", "Receipt", "accelerate", "fold", "param_groups", "recalibrate"]
+__all__ = [
+    "Edit",
+    "Receipt",
+    "Translated",
+    "accelerate",
+    "fold",
+    "from_flax",
+    "from_keras",
+    "param_groups",
+    "recalibrate",
+    "to_flax",
+    "to_keras",
+]
