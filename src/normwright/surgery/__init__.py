@@ -2,6 +2,7 @@
 
 from .accelerate import accelerate
 from .conventions import Translated, from_flax, from_keras, to_flax, to_keras
+from .convert import convert
 from .fold import fold
 from .param_groups import param_groups
 from .recalibrate import recalibrate
@@ -12,6 +13,7 @@ __all__ = [
     "Receipt",
     "Translated",
     "accelerate",
+    "convert",
     "fold",
     "from_flax",
     "from_keras",

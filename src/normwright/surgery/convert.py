@@ -183,8 +183,8 @@ def convert(
         >>> import torch, normwright as nw
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 48, 3), torch.nn.BatchNorm2d(48), torch.nn.ReLU())
         >>> receipt = nw.convert(model, "group", torch.randn(16, 3, 8, 8))
-        >>> receipt.model[1]
-        GroupNorm(24, 48, eps=1e-05, affine=True)
+        >>> receipt.model[1].num_groups
+        24
     """
     if to not in _BECOMES:
         raise ValueError(f"to is one of {', '.join(map(repr, _BECOMES))}; got {to!r}.")
