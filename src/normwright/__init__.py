@@ -44,14 +44,17 @@ if TYPE_CHECKING:
         Edit,
         Receipt,
         accelerate,
+        adapt,
         convert,
         fold,
+        freeze,
         from_flax,
         from_keras,
         param_groups,
         recalibrate,
         to_flax,
         to_keras,
+        unfreeze,
     )
 
 __version__ = "0.1.0"
@@ -99,10 +102,12 @@ __all__ = [
     "accelerate",
     "activate",
     "activation_gain",
+    "adapt",
     "convert",
     "distributed_data_parallel",
     "explain",
     "fold",
+    "freeze",
     "from_flax",
     "from_keras",
     "gradcheck",
@@ -114,6 +119,7 @@ __all__ = [
     "to_flax",
     "to_keras",
     "tune_allocator",
+    "unfreeze",
     "use",
     "virtual_sync",
 ]
@@ -124,14 +130,17 @@ _SURGERY = {
     "Edit",
     "Receipt",
     "accelerate",
+    "adapt",
     "convert",
     "fold",
+    "freeze",
     "from_flax",
     "from_keras",
     "param_groups",
     "recalibrate",
     "to_flax",
     "to_keras",
+    "unfreeze",
 }
 
 
