@@ -35,7 +35,7 @@ _TIMM_NORMS = frozenset(
 )
 _LINEAR_MAPS = (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 _WEIGHT = re.compile(r"weight|weight_(ih|hh|hr)(_l\d+(_reverse)?)?|(in|q|k|v)_proj_weight")
-_NEVER = (nn.Embedding, nn.EmbeddingBag, nn.PReLU)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 Selector = type[nn.Module] | str
 
@@ -63,7 +63,7 @@ def param_groups(
 
     - Decayed: the weights of convolutions, linear and bilinear layers, recurrent layers and attention.
     - Not decayed: every parameter of a normalization layer (torch's, this package's, timm's, and `norms`), all biases,
-      PReLU's slope, and embeddings: a row has a gradient only when its token occurs, and decay shrinks it every step.
+      and embeddings: a row has a gradient only when its token occurs, and decay shrinks it every step.
     - Of any other module (a class token, a position table, a layer's scale, a custom linear layer): decayed if it has
       two dimensions longer than 1, as a matrix has; `(C,)`, `(1, 1, C)` and `(C, 1, 1)` are not. What a module of
       the model lists in its method `no_weight_decay()`, timm's convention, is not decayed.
@@ -158,7 +158,7 @@ def _decayed(
         owner, tensor = parametrized[id(module)]
         whole = key == "original" or matrix
         return whole and _decayed(owner, tensor, parameter, norms, parametrized)
-    if is_norm(module, norms) or isinstance(module, _NEVER):
+    if is_norm(module, norms) or isinstance(module, _EMBEDDINGS):
         return False
     # a linear layer with one output has a weight, although its shape is that of a vector
     return matrix or (isinstance(module, _LINEAR_MAPS) and _WEIGHT.fullmatch(key) is not None)
