@@ -411,6 +411,34 @@ def test_a_folded_state_dict_fits_the_folded_network(command, net, inputs):
         assert "was made by fold with inputs, which decide what it changes; give inputs" in error
 
 
+def test_a_converted_state_dict_fits_the_converted_network(command, net):
+    given = ["--model", "net.py:build", "--inputs", "net.py:batch", "--to", "group", "--groups", 2, "--out", "out.pt"]
+    code, printed, error = command("surgery", "convert", "net.pt", *given)
+    assert (code, error) == (0, "")
+    assert "a state dict for normwright.convert(build(), to='group', groups=2, inputs=inputs).model." in printed
+    found = read("out.pt")
+    assert sorted(name for name in found if name.startswith("norm.")) == ["norm.bias", "norm.weight"]
+    # torch's own group norm in its place, with the same parameters, is the same function
+    plain = files.named_object("net.py:build", "--model")()
+    plain.norm = nn.GroupNorm(2, 4)
+    plain.load_state_dict(found, strict=True)
+    batch = files.named_object("net.py:batch", "--inputs")
+    restored = files.restore("out.pt", "net.py:build", inputs=batch)
+    assert largest_difference(plain, restored) < 1e-5
+    # and a second operation goes on from there
+    given = ["--model", "net.py:build", "--inputs", "net.py:batch", "--to", "torch", "--out", "torch.pt", "--json"]
+    code, printed, error = command("surgery", "convert", "out.pt", *given)
+    assert (code, error) == (0, "")
+    last = json.loads(printed)
+    assert last["max_difference"] < 1e-5
+    assert last["how_to_load"].startswith("a state dict for normwright.convert(normwright.convert(build(), to='group'")
+    plain.load_state_dict(read("torch.pt"), strict=True)
+    code, _, error = command("surgery", "convert", "net.pt", *given[:4], "--to", "spectral", "--out", "no.pt")
+    assert code == 2
+    assert "convert stopped: ValueError: " in error
+    assert error.count("\n") == 1
+
+
 # A study's network -----------------------------------------------------------------------------------------------
 
 
