@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from ..layers.twins import _ACT_MODULES
@@ -449,6 +448,7 @@ class _Pair:
     behind: bool
     difference: float | None = None
 
+    @functools.cached_property
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor]:
         """The layer's new weight and bias, in its own type."""
@@ -606,8 +606,9 @@ class _Folding:
         reasons: list[_Left] = []
         for behind in (True, False):
             try:
-                pair = _Pair(norm, self._neighbour(call, flow, behind), behind)
-                self._check_pair(pair, flow)
+                layer, shared = self._neighbour(call, flow, behind)
+                pair = _Pair(norm, layer, behind)
+                self._check_pair(pair, flow, shared)
                 return pair
             except _Left as reason:
                 reasons.append(reason)
@@ -617,8 +618,6 @@ class _Folding:
     def _check_norm(self, norm: Any, flow: _Flow) -> None:
         if norm in self.refused:
             raise _Left(self.refused[norm])
-        if any(is_lazy(tensor) for tensor in (*norm.parameters(False), *norm.buffers(False))):
-            raise _Left("does not know its size before an input; run the model once first")
         if _kind(norm) not in _NORMS:
             raise _Left(f"{'.'.join(_kind(norm))} is a class whose forward is not known")
         if "forward" in vars(norm):
@@ -636,8 +635,9 @@ class _Folding:
         if any(id(tensor) in flow.tensors_read for tensor in (*norm.parameters(False), *norm.buffers(False))):
             raise _Left("its parameters or statistics are read elsewhere")
 
-    def _neighbour(self, call: _Call, flow: _Flow, behind: bool) -> nn.Module:
-        """The module whose output the norm alone reads, or that alone reads the norm's output."""
+    def _neighbour(self, call: _Call, flow: _Flow, behind: bool) -> tuple[nn.Module, str | None]:
+        """The module whose output the norm reads, or that alone reads the norm's; and who else reads that output."""
+        shared = None
         while True:
             value = call.source if behind else call.result
             readers = flow.readers.get(value, [])
@@ -646,22 +646,24 @@ class _Folding:
                 if found is None:
                     raise _Left("no layer's output is what it reads")
                 if len(readers) > 1:
-                    raise _Left(f"the output of {self._name(found.module)} is read elsewhere too")
+                    shared = f"the output of {self._name(found.module)} is read elsewhere too"
             else:
                 found = readers[0] if len(readers) == 1 else None
                 if found is None:
                     raise _Left("its output is not read by one layer alone")
             if not _passes(found.module):
-                return found.module
+                return found.module, shared
             call = found
 
-    def _check_pair(self, pair: _Pair, flow: _Flow) -> None:
+    def _check_pair(self, pair: _Pair, flow: _Flow, shared: str | None) -> None:
         norm, layer, name = pair.norm, pair.layer, self._name(pair.layer)
         if _kind(layer) not in _LAYERS:
             reason = f"{name} is a {type(layer).__name__}, into which nothing folds"
             raise _Later(reason) if _keeps_statistics(layer) else _Left(reason)
         if layer in self.watched or "forward" in vars(layer):
             raise _Left(f"{name} has hooks, or its forward was replaced")
+        if shared is not None:
+            raise _Left(shared)
         if len(flow.calls[layer]) != 1:
             raise _Left(f"{name} {_times(len(flow.calls[layer]))}")
         if not flow.calls[layer][0].alone:
@@ -683,9 +685,11 @@ class _Folding:
             raise _Left(f"its channels, axis 1 of {axes}, are not the channels of {name}")
         if norm.running_mean.numel() != _channels(layer)[0 if pair.behind else 1]:
             raise _Left(f"{name} has another number of channels")
+        if not pair.behind and type(_rest(norm)) is not nn.Identity:
+            raise _Left(f"its own activation lies between it and {name}")
         if not pair.behind and _adds_zeros(layer) and _scale_shift(norm, torch.float64, "cpu")[1].any():
             raise _Left(f"the sums of {name} run over the border, where the norm's shift is missing")
-        if not all(tensor.isfinite().all() for tensor in pair.folded()):
+        if not all(tensor.isfinite().all() for tensor in pair.folded):
             raise _Left(f"the weight or bias of {name} would not be finite")
 
     def _name(self, module: nn.Module) -> str:
@@ -740,7 +744,7 @@ class _Folding:
             for module in (layer, norm):
                 module.__class__ = _on_the_fly(getattr(type(module), "_folded_from", type(module)))
             return
-        weight, bias = pair.folded()
+        weight, bias = pair.folded
         like = next(tensor for tensor in (layer.bias, norm.bias, layer.weight) if tensor is not None)
         layer.bias = nn.Parameter(bias, requires_grad=like.requires_grad)
         layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
@@ -756,7 +760,7 @@ def _rig(pair: _Pair, differing: dict[_Pair, str]) -> None:
     first, second = (pair.layer, pair.norm) if pair.behind else (pair.norm, pair.layer)
     was = {module: _view(module) for module in (first, second)}
     original = _Pair(was[pair.norm], was[pair.layer], pair.behind)
-    weight, bias = original.folded()
+    weight, bias = pair.folded
     made: list[tuple[Tensor, Tensor]] = []
 
     def hide(module: nn.Module, args: Any, output: Tensor) -> Tensor:
