@@ -113,8 +113,17 @@ class _Whole(NamedTuple):
     mask: Tensor | None
     exchange: _Exchange
 
-    def apply(self, x: Tensor, mean: Tensor, scale: Tensor, weight: Any, bias: Any, **rest: Any) -> Tensor:
-        """`(x − mean) · scale · weight + bias` in one pass of the kernels, differentiable in all five.
+    def apply(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        act: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """`act((x − mean) · scale · weight + bias + residual)` in one pass of the kernels, differentiable in all.
 
         The kernels take mean and variance as constants. `self.mean` and `self.rstd` are the constants nearest to `mean`
         and `scale`; what they miss, in value and in gradient, goes into the parameters, which have gradients.
@@ -122,6 +131,11 @@ class _Whole(NamedTuple):
         weight = scale if weight is None else weight.double() * scale
         shift = weight * (self.mean.double() - mean)
         bias = shift if bias is None else bias.double() + shift
+        # the parameters depend on x: as a view x is a variable apart, to which no derivative comes through them when the
+        # kernels' gradient is itself differentiated; so is a residual that is x. (view_as is a view too, but its
+        # gradient loses channels_last for a batch of one.)
+        x = x.expand_as(x)
+        residual = None if residual is None else residual.expand_as(residual)
         return normalize(
             x,
             _SPEC,
@@ -131,8 +145,9 @@ class _Whole(NamedTuple):
             running_var=self.var,
             use_batch_stats=False,
             eps=self.eps,
+            act=act,
+            residual=residual,
             mask=self.mask,
-            **rest,
         )
 
 
@@ -268,7 +283,7 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         if differentiable:
             mean, var = _Statistics.apply(x, mean, var, whole)  # type: ignore[misc]
         scale = torch.rsqrt(var + self.eps)
-        return whole.apply(x, mean, scale, self.weight, self.bias, act=self.act, residual=residual)
+        return whole.apply(x, mean, scale, self.weight, self.bias, self.act, residual)
 
     def _count(self) -> float:
         """Count a training batch; its weight in the running statistics."""
@@ -601,9 +616,9 @@ def virtual_sync(model: nn.Module, step: Callable[[_T], _R], micro_batches: Iter
 
     lockstep = _Lockstep(len(batches), names)
     threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(batches))]
+    for thread in threads:
+        thread.start()
     try:
-        for thread in threads:
-            thread.start()
         if threads:
             lockstep.turn[0].release()
         for thread in threads:
