@@ -603,6 +603,17 @@ def test_lazy_modules_are_refused_by_name() -> None:
     assert list(convert(model, "group").edits) == ["0"]
 
 
+class Twice(nn.Module):
+    """A norm for (N, C, L) and (N, C), which both are 1d."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.norm(x).mean(2))
+
+
 def test_shapes_that_make_a_conversion_meaningless_are_refused() -> None:
     norm = nn.Sequential(nn.BatchNorm1d(C))
     # an instance norm would take (N, C) for one sample: silently, where N is C
@@ -620,6 +631,10 @@ def test_shapes_that_make_a_conversion_meaningless_are_refused() -> None:
     assert "does not say whether it is 1d, 2d or 3d" in undecided.skipped["0"]
     for shape, cls in (((4, C), nw.BatchNorm1d), ((4, C, 5), nw.BatchNorm1d), ((2, C, 2, 3, 4), nw.BatchNorm3d)):
         assert type(convert(nn.Sequential(nn.GroupNorm(2, C)), "batch", torch.randn(shape)).model[0]) is cls
+    both = Twice().double()
+    given = torch.randn(4, C, 5, dtype=torch.float64)
+    assert type(convert(both, "sync", given).model.norm) is SyncBatchNorm
+    assert type(convert(convert(both, "sync").model, "batch", given).model.norm) is nw.BatchNorm1d
     assert "corrects towards" in convert(nn.BatchNorm2d(C, track_running_stats=False), "renorm").skipped[""]
     named = nn.ModuleDict({"ghost": nw.GhostBatchNorm(C, 2), "channel": nw.ChannelNorm(C)})
     assert convert(named, "torch").skipped == {

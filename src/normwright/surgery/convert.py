@@ -514,6 +514,7 @@ def _made(layer: _Layer, options: _Options) -> nn.Module:
             new.add_module("tail", nn.Sequential(OrderedDict(norm.tail)))
             new.__class__ = _tailed(type(new))
     _check_calls(layer, new, family)
+    new._is_full_backward_hook = layer.module._is_full_backward_hook  # or torch takes full hooks for old ones
     return new
 
 
@@ -525,21 +526,21 @@ def _groups(channels: int, most: int) -> int:
 def _places(layer: _Layer) -> int | None:
     """How many dimensions of places the input has, as its calls show or its class says; 1 for none too."""
     norm = layer.norm
-    seen = {len(call.shape) for call in layer.calls}
-    if not seen or norm.family in ("layer", "rms"):
+    if not layer.calls or norm.family in ("layer", "rms"):
         return norm.places
-    if len(seen) > 1:
-        raise _Refused(f"is called with {' and '.join(map(str, sorted(seen)))} dimensions, and a norm takes one number")
-    dims = seen.pop()
-    if norm.family == "instance" and norm.places == dims - 1:
+    if norm.family == "instance" and any(len(call.shape) - 1 == norm.places for call in layer.calls):
         raise _Refused("is called without a batch dimension, which only an instance norm allows")
-    return max(dims - 2, 1)
+    seen = {max(len(call.shape) - 2, 1) for call in layer.calls}
+    if len(seen) > 1:
+        raise _Refused("is called with inputs of several dimensions, where the 1d, 2d and 3d classes differ")
+    return seen.pop()
 
 
 def _new(norm: _Norm, family: str, number: int | None, options: _Options) -> Any:
     """A layer of the family with nothing to learn and no statistics yet."""
     size, act = norm.size, norm.act
-    eps = norm.epsilon(_dtype(norm))
+    held = _held(norm)
+    eps = norm.epsilon(None if held is None else held.dtype)
     # an instance norm with momentum None never moves its statistics, a batch norm averages them
     momentum = 0.0 if norm.momentum is None and norm.family == "instance" != family else norm.momentum
     if family in ("batch", "instance"):
@@ -553,7 +554,7 @@ def _new(norm: _Norm, family: str, number: int | None, options: _Options) -> Any
     if family == "ghost":
         return GhostBatchNorm(size, number or 1, eps, momentum, False, False, act=act)
     if family == "renorm":
-        return BatchRenorm(size, eps, momentum, False, options.device, _dtype(norm), act=act)
+        return BatchRenorm(size, eps, momentum, False, *_place(norm, options), act=act)
     if family == "group":
         return twins.GroupNorm(number or 1, size, eps, False, act=act)
     if family == "channel":
@@ -570,10 +571,16 @@ def _new(norm: _Norm, family: str, number: int | None, options: _Options) -> Any
     return nn.Sequential(OrderedDict(steps)) if len(steps) > 1 else next(iter(steps.values()), nn.Identity())
 
 
-def _dtype(norm: _Norm) -> torch.dtype | None:
-    """The type of the norm's parameters, or of its statistics."""
+def _held(norm: _Norm) -> Tensor | None:
+    """One of the norm's parameters, or of its statistics."""
     held = [*norm.parameters.values(), *(norm.statistics.get(key) for key in ("running_mean", "running_var"))]
-    return next((tensor.dtype for tensor in held if tensor is not None), None)
+    return next((tensor for tensor in held if tensor is not None), None)
+
+
+def _place(norm: _Norm, options: _Options) -> tuple[torch.device | None, torch.dtype | None]:
+    """The device and type of what the new layer has and the old one has not."""
+    held = _held(norm)
+    return (options.device, None) if held is None else (held.device, held.dtype)
 
 
 def _hand_on(module: nn.Module, norm: _Norm, new: Any, family: str, options: _Options) -> None:
@@ -587,7 +594,7 @@ def _hand_on(module: nn.Module, norm: _Norm, new: Any, family: str, options: _Op
     if family == "instance" == norm.family or family in _TRACKING:
         statistics = dict(norm.statistics)
         if _starts_anew(norm, family):
-            device, dtype = options.device, _dtype(norm)
+            device, dtype = _place(norm, options)
             statistics = {
                 "running_mean": torch.zeros(norm.size, device=device, dtype=dtype),
                 "running_var": torch.ones(norm.size, device=device, dtype=dtype),
@@ -601,7 +608,6 @@ def _hand_on(module: nn.Module, norm: _Norm, new: Any, family: str, options: _Op
     vars(new).update({key: value for key, value in vars(module).items() if key not in _OWN})
     if norm.places is not None and family not in ("batch", "instance"):
         new.nw_places = norm.places  # what a class without 1d, 2d or 3d in its name would lose
-    new._is_full_backward_hook = module._is_full_backward_hook  # without it torch takes full hooks for old ones
 
 
 def _starts_anew(norm: _Norm, family: str) -> bool:
