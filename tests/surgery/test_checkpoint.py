@@ -439,6 +439,19 @@ def test_a_converted_state_dict_fits_the_converted_network(command, net):
     assert error.count("\n") == 1
 
 
+def test_biases_that_a_batch_norm_makes_idle_are_absorbed(command, net):
+    given = ["--model", "net.py:build", "--inputs", "net.py:batch", "--out", "out.pt"]
+    code, printed, error = command("surgery", "absorb-bias", "net.pt", *given)
+    assert (code, error) == (0, "")
+    assert "a state dict for normwright.absorb_bias(build(), inputs=inputs).model." in printed
+    found = read("out.pt")
+    assert "conv.bias" not in found
+    # y = (w·x + b − mean) / sd: the bias goes into the mean, with its sign turned
+    torch.testing.assert_close(found["norm.running_mean"], (net.norm.running_mean - net.conv.bias).detach())
+    batch = files.named_object("net.py:batch", "--inputs")
+    assert largest_difference(net, files.restore("out.pt", "net.py:build", inputs=batch)) < 1e-4
+
+
 # A study's network -----------------------------------------------------------------------------------------------
 
 
