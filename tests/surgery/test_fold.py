@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import normwright as nw
 from normwright.layers import twins
-from normwright.surgery import accelerate, fold
+from normwright.surgery import accelerate, convert, fold
 from normwright.surgery.modules import names_of_parameters
 
 DIFFERENTIABLE = pytest.mark.parametrize("differentiable", [False, True], ids=["for_good", "on_the_fly"])
@@ -261,6 +261,15 @@ def test_timms_norm_leaves_dropout_and_activation(differentiable):
 def test_accelerated_models_fold(differentiable):
     model = lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)))
     check(accelerate(model).model, torch.randn(2, 3, 6, 6), ["1"], differentiable=differentiable)
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_converted_models_keep_what_convert_put_behind_the_norm(differentiable):
+    layers = pytest.importorskip("timm.layers")
+    norm = layers.BatchNormAct2d(4, act_layer=nn.ReLU6, drop_layer=nn.Dropout)
+    model = convert(lively(nn.Sequential(nn.Conv2d(3, 4, 3), norm)), "twin").model
+    check(model, torch.randn(2, 3, 6, 6), ["1"], differentiable=differentiable)
+    assert_close(fold(model).model(x := torch.randn(2, 3, 6, 6)), model(x), 27)
 
 
 class Reads(nn.Module):

@@ -501,11 +501,11 @@ def _keeps_statistics(module: nn.Module) -> bool:
 
 
 def _rest(norm: nn.Module) -> nn.Module:
-    """What a folded norm still does: its dropout and activation, if it has them."""
+    """What a folded norm still does: its dropout and activation, if it has them (`convert` keeps some in `tail`)."""
     act = getattr(norm, "act", None)
     if isinstance(act, str):
         return _ACT_MODULES[act]()
-    left = [(name, m) for name in ("drop", "act") if isinstance(m := getattr(norm, name, None), nn.Module)]
+    left = [(name, m) for name in ("drop", "act", "tail") if isinstance(m := getattr(norm, name, None), nn.Module)]
     if all(type(m) is nn.Identity for _, m in left):
         return nn.Identity()
     return nn.Sequential(OrderedDict(left))  # under their names: an activation that learns is in the state_dict
