@@ -46,6 +46,7 @@ from .receipt import (
     unwrap,
     write,
 )
+from .split_domains import in_domain
 
 __all__ = ["recalibrate"]
 
@@ -148,11 +149,10 @@ def recalibrate(
     """
     root = unwrap(model)
     ranks = Ranks(process_group)
-    splits = [module for module in root.modules() if isinstance(module, SplitBatchNorm)]
 
     def prepare() -> tuple[list[_Layer], dict[str, str], list[tuple[int | None, Batches]]]:
         _check_request(method, stats, tolerance, limit, batch_size)
-        sources = _sources(batches, domains, splits, method, tolerance)
+        sources = _sources(root, batches, domains, method, tolerance)
         return *_find(root, frozen, stats, tolerance), sources
 
     def request(prepared: Any) -> tuple[Any, ...]:
@@ -172,7 +172,7 @@ def recalibrate(
         """One pass over the data, the same each time; a step for each batch."""
         with rng_kept(root, generators):
             for domain, data in sources:
-                with _in_domain(splits, domain):
+                with in_domain(root, domain):
                     for batch in islice(_cut(data, batch_size), limit):
                         run(batch)
                         yield
@@ -230,7 +230,7 @@ def _check_request(method: str, stats: str, tolerance: Any, limit: Any, batch_si
 
 
 def _sources(
-    batches: Any, domains: Any, splits: list[SplitBatchNorm], method: str, tolerance: float | None
+    model: nn.Module, batches: Any, domains: Any, method: str, tolerance: float | None
 ) -> list[tuple[int | None, Batches]]:
     """The data, each with its domain; None for the domain that each layer's `split` names."""
     if (batches is None) == (domains is None):
@@ -243,12 +243,12 @@ def _sources(
                 "in the layers that all domains pass. Give limit=, or recalibrate domain by domain."
             )
         sources = list(domains.items() if isinstance(domains, Mapping) else enumerate(domains))
-        count = min((layer.num_splits for layer in splits), default=0)
+        count = min((m.num_splits for m in model.modules() if isinstance(m, SplitBatchNorm)), default=0)
         numbers = [domain for domain, _ in sources]
         if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < count for n in numbers):
             raise ValueError(
                 "domains= gives the data of the domains of SplitBatchNorm layers by number; this model's layers have "
-                f"{f'domains 0 to {count - 1}' if splits else 'none'}, got {numbers!r}."
+                f"{f'domains 0 to {count - 1}' if count else 'none'}, got {numbers!r}."
             )
     for _, data in sources:
         if isinstance(data, Iterator) and method == "layerwise":
@@ -439,19 +439,6 @@ def _generators(batches: Any) -> list[torch.Generator]:
     owners = (batches, getattr(batches, "sampler", None))
     found = (getattr(owner, "generator", None) for owner in owners)
     return [generator for generator in found if isinstance(generator, torch.Generator)]
-
-
-@contextmanager
-def _in_domain(splits: list[SplitBatchNorm], domain: int | None) -> Iterator[None]:
-    """All these layers switched to a domain."""
-    before = [layer.split for layer in splits]
-    try:
-        for layer in splits:
-            layer.split = layer.split if domain is None else domain
-        yield
-    finally:
-        for layer, split in zip(splits, before, strict=True):
-            layer.split = split
 
 
 @contextmanager
