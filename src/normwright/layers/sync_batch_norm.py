@@ -131,8 +131,8 @@ class _Whole(NamedTuple):
         weight = scale if weight is None else weight.double() * scale
         shift = weight * (self.mean.double() - mean)
         bias = shift if bias is None else bias.double() + shift
-        # the parameters depend on x: as a view x is a variable apart, to which no derivative comes through them when the
-        # kernels' gradient is itself differentiated; so is a residual that is x. (view_as is a view too, but its
+        # the parameters depend on x: as a view x is a variable apart, to which no derivative comes through them when
+        # the kernels' gradient is itself differentiated; so is a residual that is x. (view_as is a view too, but its
         # gradient loses channels_last for a batch of one.)
         x = x.expand_as(x)
         residual = None if residual is None else residual.expand_as(residual)
@@ -177,9 +177,8 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
     each rank's parameter gradients are those of its own loss, to be summed or averaged by whoever trains
     (DistributedDataParallel averages), and the gradient of x is that of the sum of all ranks' losses.
 
-    Shapes: (N, C) or (N, C, …) of up to five dimensions or more; N and the places may differ between ranks and be 0. An
-    empty rank takes part in both exchanges, forward and backward, and gets zero gradients; it must run its backward
-    pass like the others.
+    Shapes: (N, C) or (N, C, …); N and the places may differ between ranks and be 0. An empty rank takes part in both
+    exchanges, forward and backward, and gets zero gradients; it must run its backward pass like the others.
 
     Arguments are torch's, and `act` an activation in the same pass: relu, leaky_relu, sigmoid, tanh, silu or gelu.
     `process_group` is the group that shares statistics, None for all processes. `forward(x, residual=None, mask=None)`
@@ -188,9 +187,9 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
     In evaluation, without a process group, or in a group of one this is `BatchNorm2d` for any number of dimensions.
     Inside `virtual_sync` the micro-batches of a step count as ranks.
 
-    Each training forward makes one all-gather of 2C + 5 doubles and reads five of them on the host; each backward makes
-    one all-reduce of 2C doubles, and double backward works. Where there is something to synchronize, torch.compile
-    breaks the graph here, and refuses with fullgraph=True.
+    Each training forward makes one all-gather of 2C + 5 doubles and reads five of them on the host, which a CUDA graph
+    cannot capture; each backward makes one all-reduce of 2C doubles, and double backward works. Where there is something
+    to synchronize, torch.compile breaks the graph here, and refuses with fullgraph=True.
 
     Errors, raised on all ranks alike: `ValueError` for one value per channel over all ranks, `RuntimeError` where some
     ranks want a gradient of x and others do not, or where another rank raised (its own message says why).
@@ -566,7 +565,7 @@ def virtual_sync(model: nn.Module, step: Callable[[_T], _R], micro_batches: Iter
     batch would save. It is for micro-batches that cannot be one tensor (sizes that differ), and for steps that save
     little: call `torch.utils.checkpoint` in the model (batch norms then count twice, as they do in torch), or open
     `torch.autograd.graph.save_on_cpu()` in the step. Plain accumulation needs less memory, and normalizes each
-    micro-batch by itself.
+    micro-batch by itself. After `tune_allocator` each thread keeps what it frees: more memory again, on the CPU.
 
     Arguments:
         model: its batch norms are SyncBatchNorm (`SyncBatchNorm.convert_sync_batchnorm`); not wrapped in
@@ -650,7 +649,7 @@ def _surroundings() -> Callable[[ExitStack], None]:
         stack.enter_context(torch.set_grad_enabled(grad))
         for kind, dtype in cast:
             stack.enter_context(torch.autocast(kind, dtype=dtype))
-        # otherwise one thread of autograd's runs the backward passes of all on a device, and would wait for itself
+        # otherwise one thread of autograd's runs all backward passes on a device, and would wait for itself
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
 
     return inherit
