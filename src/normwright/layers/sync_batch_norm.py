@@ -188,8 +188,8 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
     Inside `virtual_sync` the micro-batches of a step count as ranks.
 
     Each training forward makes one all-gather of 2C + 5 doubles and reads five of them on the host, which a CUDA graph
-    cannot capture; each backward makes one all-reduce of 2C doubles, and double backward works. Where there is something
-    to synchronize, torch.compile breaks the graph here, and refuses with fullgraph=True.
+    cannot capture; each backward makes one all-reduce of 2C doubles, and double backward works. Where there is
+    something to synchronize, torch.compile breaks the graph here, and refuses with fullgraph=True.
 
     Errors, raised on all ranks alike: `ValueError` for one value per channel over all ranks, `RuntimeError` where some
     ranks want a gradient of x and others do not, or where another rank raised (its own message says why).
