@@ -191,6 +191,7 @@ WAYS = {
     "returned": lambda m, x: (lambda y: (m.norm(y), y))(m.conv(x)),
     "written": lambda m, x: m.norm(m.conv(x).relu_()),
     "branch": lambda m, x: (lambda y: m.norm(y) * (y.mean() > 0))(m.conv(x)),
+    "rare branch": lambda m, x: (lambda y: m.norm(y) * (y.mean() > -1e6))(m.conv(x)),
     "bias read": lambda m, x: m.norm(m.conv(x)) + m.conv.bias.sum(),
     "mean read": lambda m, x: m.norm(m.conv(x)) + m.norm.running_mean.sum(),
     "conv twice": lambda m, x: m.norm(m.conv(x)) + m.conv(x),
