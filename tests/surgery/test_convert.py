@@ -394,6 +394,27 @@ def test_fit_through_the_origin_by_numpy() -> None:
     equal(new.weight, (u * y).sum((0, 2, 3)) / u.square().sum((0, 2, 3)))
 
 
+@pytest.mark.parametrize("to", ["sync", "renorm", "ghost"])
+def test_the_same_function_keeps_its_parameters_bit_for_bit(to: str) -> None:
+    model = drawn(Net(nn.BatchNorm2d(C), nn.BatchNorm2d(C)))
+    receipt = convert(model, to, torch.randn(8, 3, 9, 9), chunks=2)
+    for key, value in model.state_dict().items():
+        assert torch.equal(receipt.model.state_dict()[key], value)
+    assert receipt.max_difference < 1e-4
+
+
+def test_an_instance_norm_that_no_longer_tracks_is_taken_as_it_evaluates() -> None:
+    model = nn.Sequential(drawn(nn.InstanceNorm2d(C, affine=True, track_running_stats=True, momentum=None))).double()
+    x = 3 * torch.randn(4, C, 5, 5, dtype=torch.float64)
+    tracking = convert(model, "batch", x)
+    assert tracking.model[0].momentum == 0  # None is no averaging there, and the cumulative average in a batch norm
+    assert tracking.max_difference < 1e-12
+    model[0].track_running_stats = False
+    receipt = convert(model, "twin", x)
+    assert receipt.edits["0"].measured["output, rms"] == pytest.approx(float(model(x).detach().square().mean().sqrt()))
+    assert convert(model, "batch", x).edits["0"].after["running statistics"] == "new"
+
+
 def test_constant_channels_keep_the_carried_weight() -> None:
     model = drawn(nn.Sequential(nn.BatchNorm2d(C))).double()
     x = torch.randn(6, C, 4, 4, dtype=torch.float64)
@@ -510,6 +531,25 @@ def test_shared_modules_are_converted_once_and_fitted_to_all_calls() -> None:
     assert receipt.model.norm is receipt.model.again
     assert type(receipt.model.norm) is nw.InstanceNorm2d
     assert receipt.rms_difference < receipt.facts["unfitted, rms"]
+
+
+def test_several_calls_are_one_least_squares_problem() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = drawn(nn.BatchNorm2d(C))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.norm(x[:4]), self.norm(x[4:])])
+
+    model = Two().double()
+    x = torch.randn(6, C, 5, 5, dtype=torch.float64)
+    x[4:] = 3 * x[4:] + 1
+    together = convert(nn.Sequential(model.norm), "instance", x)
+    receipt = convert(model, "instance", x)
+    for key in ("weight", "bias"):
+        equal(getattr(receipt.model.norm, key), getattr(together.model[0], key))
+    assert receipt.rms_difference == pytest.approx(together.rms_difference)
 
 
 def test_tied_parameters_stay_tied_and_are_not_fitted() -> None:
@@ -742,6 +782,17 @@ def test_batch_norm_act_keeps_what_a_norm_cannot_apply_behind_it(to: str) -> Non
     again = convert(receipt.model, "batch" if to != "batch" else "group", x).model[0]
     assert type(again).__name__ == "BatchNorm2d"
     assert [type(step) for step in again.tail] == [nn.Dropout2d, nn.ReLU6]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_the_tail_is_traced_once() -> None:
+    model = nn.Sequential(acts(act_layer=nn.Hardswish)).eval()
+    x = torch.randn(4, C, 5, 5)
+    new = convert(model, "twin").model
+    assert list(new.state_dict()) == list(model.state_dict())
+    equal(torch.fx.symbolic_trace(new)(x), model(x), 1e-5)
+    equal(torch.jit.script(new)(x), model(x), 1e-5)
+    equal(torch.compile(new, backend="eager", fullgraph=True)(x), model(x), 1e-5)
 
 
 def test_batch_norm_act_with_a_learned_activation() -> None:

@@ -208,7 +208,7 @@ def convert(
             except _Refused as reason:
                 skipped[layer.name] = str(reason)
                 continue
-            receipt.edits[layer.name] = _edit(layer, new)
+            receipt.edits[layer.name] = _edit(layer, new, _BECOMES[to][layer.norm.family])
             become(layer.module, new)
             converted.append(layer)
         _leave_fast_path(work, receipt)
@@ -670,13 +670,13 @@ def _rebuilt(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _edit(layer: _Layer, new: nn.Module) -> Edit:
+def _edit(layer: _Layer, new: nn.Module, family: str) -> Edit:
     norm, cls = layer.norm, _class(new)
     package = "nw." if _ours(cls) and not _ours(_class(layer.module)) else ""
     after: dict[str, Any] = {key: getattr(new, key) for key in ("num_groups", "num_chunks") if hasattr(new, key)}
     had, has = (side.get("running_var") is not None for side in (norm.statistics, new._buffers))
     if had or has:
-        after["running statistics"] = "dropped" if not has else "carried" if had else "new"
+        after["running statistics"] = "dropped" if not has else "new" if _starts_anew(norm, family) else "carried"
     return Edit(f"{_class(layer.module).__name__} → {package}{cls.__name__}", after=after, also=layer.also)
 
 
