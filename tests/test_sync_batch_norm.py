@@ -734,7 +734,7 @@ def test_checkpointing_draws_the_same_random_numbers_again():
 
 
 def test_random_numbers_of_micro_batches():
-    """From the caller's seed, different for each micro-batch and each call; the caller's stream goes on as if alone."""
+    """From the caller's seed, different for each micro-batch and call; the caller's stream goes on as if none had drawn."""
     model = nn.Sequential(nw.SyncBatchNorm(C))
 
     def draw(_):
@@ -748,6 +748,10 @@ def test_random_numbers_of_micro_batches():
     assert first == second
     assert after == torch.rand(1).item()
     assert len({value for values in first for value in values}) == 6
+    torch.manual_seed(0)
+    for _ in range(2):
+        nw.virtual_sync(model, lambda i: (draw(i), torch.rand(100)), range(3))
+    assert after == torch.rand(1).item()
 
 
 def test_grad_mode_and_autocast_are_the_callers():
@@ -779,6 +783,22 @@ def test_a_step_that_raises_stops_all(at, which):
         nw.virtual_sync(model, step, range(3))
     assert not [thread for thread in threading.enumerate() if "(run)" in thread.name]
     assert nw.virtual_sync(model, lambda x: len(model(x)), torch.randn(6, C).split(2)) == [2, 2, 2]
+
+
+def test_a_step_that_catches_errors_is_stopped_all_the_same():
+    model, caught = nn.Sequential(nw.SyncBatchNorm(C)), []
+
+    def step(index):
+        if index == 1:
+            raise ZeroDivisionError
+        try:
+            model(torch.randn(4, C))
+        except Exception as error:
+            caught.append(error)
+
+    with pytest.raises(ZeroDivisionError):
+        nw.virtual_sync(model, step, range(3))
+    assert not caught
 
 
 def test_micro_batches_that_part_ways_are_named():
