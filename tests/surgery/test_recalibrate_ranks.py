@@ -87,7 +87,7 @@ def work(rank):
     recalibrate(model, domains={1: mine, 0: [batch * 3 for batch in mine]})
     found["domains"] = buffers(model)
     layer = nn.BatchNorm1d(3)
-    facts = recalibrate(layer, stream(rank, 20 * rank), tolerance=0.08).facts
+    facts = recalibrate(layer, stream(rank, 20 * rank), tolerance=0.065).facts
     found["tolerance"] = buffers(layer), facts
     layer = nn.BatchNorm1d(3)
     recalibrate(layer, stream(rank, rank), stats="ema")
@@ -210,8 +210,8 @@ def test_domains_tolerance_and_averages(results):
     # processes 1 to 3 have 20, 40 and 60 batches; all stop after the same number of rounds
     got, facts = same_bits(results, "tolerance"), results[0]["tolerance"][1]
     read = got["num_batches_tracked"].item()
-    assert facts["batches"] == read < 120
-    assert facts["standard error"] <= 0.08
+    assert 48 < facts["batches"] == read < 120  # more than the first round, not all
+    assert facts["standard error"] <= 0.065
     each = next(n for n in (16, 20, 25, 32, 40, 50) if min(n, 20) + min(n, 40) + n == read)
     used = torch.cat([batch for rank in range(4) for batch in stream(rank, 20 * rank)[:each]]).double()
     torch.testing.assert_close(got["running_mean"].double(), used.mean(0), rtol=1e-6, atol=1e-6)
