@@ -734,7 +734,7 @@ def test_checkpointing_draws_the_same_random_numbers_again():
 
 
 def test_random_numbers_of_micro_batches():
-    """From the caller's seed, different for each micro-batch and call; the caller's stream goes on as if none had drawn."""
+    """From the caller's seed, different for each micro-batch and call; the caller's stream goes on as if none drew."""
     model = nn.Sequential(nw.SyncBatchNorm(C))
 
     def draw(_):
