@@ -129,7 +129,8 @@ def recalibrate(
         batch_size: samples in a batch when `batches` is a tensor.
         device: where batches are moved; None for the model's own device if it has one.
         frozen: names of layers, or of modules around them, that keep their statistics.
-        process_group: the processes that merge; None for all there are, False for this one alone.
+        process_group: the processes that merge, each of which has to call this; None for all there are, False for this
+            one alone.
 
     Returns: a `Receipt`; `num_batches_tracked` is then the number of calls seen, so that `momentum=None` goes on from
     there. `undo()` restores the buffers bit for bit.
