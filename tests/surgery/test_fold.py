@@ -372,7 +372,9 @@ def test_optional_arguments_and_mappings():
     assert set(fold(model).edits) == {"bn"}
     assert set(fold(model, {"x": x}).edits) == {"bn"}
     assert set(fold(model, (x, torch.zeros(2))).edits) == {"bn"}
-    assert "bn" in fold(model, {"x": x, "mask": torch.rand(3, 3)}).skipped
+    receipt = fold(model, {"x": x, "mask": torch.rand(3, 3)})
+    assert "bn" in receipt.skipped
+    assert "the inputs name optional arguments" in receipt.facts["order"]
     assert set(fold(model, [x], forward=lambda m, batch: m(*batch)).edits) == {"bn"}
     with pytest.raises(ValueError, match="pass inputs= too"):
         fold(model, forward=lambda m, batch: m(*batch))
@@ -421,6 +423,64 @@ def test_left_alone_with_a_reason():
         fold(nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyBatchNorm2d()).eval())
     alone = fold(lively(nn.BatchNorm2d(3)), x)
     assert alone.skipped.keys() == {""}
+
+
+class Calls(nn.Module):
+    """Two layers called by a function."""
+
+    def __init__(self, first, second, call):
+        super().__init__()
+        self.first, self.second, self.call = first, second, call
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count += 1
+        return self.call(self, x)
+
+
+def test_calls_with_more_than_an_input():
+    x = torch.randn(2, 3, 6, 6)
+    twin = Calls(nn.Conv2d(3, 3, 1), twins.BatchNorm2d(3), lambda m, x: m.second(m.first(x), residual=x))
+    sized = Calls(
+        nn.ConvTranspose2d(3, 4, 2, stride=2),
+        nn.BatchNorm2d(4),
+        lambda m, x: m.second(m.first(x, output_size=[13, 13])),
+    )
+    for model in (twin, sized):
+        lively(model)
+        for receipt in (fold(model, x), fold(model), fold(model, x, forward=lambda m, b: m(b))):
+            assert "called with more than its input" in why(receipt, "second")
+            assert receipt.model.count == model.count  # the runs' own counting is undone
+            assert torch.equal(receipt.model(x), model(x))
+            model(x)
+            receipt.model.count, model.count = torch.zeros(()), torch.zeros(())
+
+
+def test_a_branch_on_the_value_between_is_a_reader():
+    model = lively(
+        Calls(
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            lambda m, x: m.second(y * 0 if (y := m.first(x)).isnan().any() else y),
+        )
+    )
+    assert "not what the layer" in why(check(model, torch.randn(2, 3, 6, 6)), "second")
+
+
+def test_more_that_is_left_alone():
+    x = torch.randn(2, 3, 6, 6)
+    inplace = lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(4)))
+    assert "is a ReLU" in why(fold(inplace, x, forward=lambda m, b: m(b)), "2")
+    dropout = lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.BatchNorm2d(4)))
+    for receipt in (check(dropout, x), fold(dropout), fold(dropout, x, forward=lambda m, b: m(b))):
+        assert "Dropout" in why(receipt, "2")
+    late = lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, track_running_stats=True)))
+    late[1].track_running_stats = False
+    assert "no running statistics" in why(check(late, x), "1")
+    unbatched = lively(nn.Sequential(nn.Linear(7, 5), nn.InstanceNorm1d(5, track_running_stats=True)))
+    assert "axis 1 of 2" in why(check(unbatched, torch.randn(5, 7)), "1")
+    wrong = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(5))
+    assert "another number of channels" in why(fold(wrong), "1")
 
 
 def test_wrapped_models_are_refused():

@@ -628,7 +628,7 @@ class _Folding:
         if norm.running_mean is None or norm.running_var is None or (instance and not norm.track_running_stats):
             raise _Left("has no running statistics: it uses its input's own at evaluation too")
         calls = flow.calls.get(norm, [])
-        if len(calls) != 1 or (self.inputs is not None and norm not in flow.axes and calls[0].alone):
+        if len(calls) != 1:
             raise _Left(_times(len(calls)))
         if not calls[0].alone:
             raise _Left("is called with more than its input")
