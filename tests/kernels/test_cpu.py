@@ -966,3 +966,16 @@ def test_function_transforms_and_forward_mode_are_native():
     torch.testing.assert_close((forward * cotangent).sum(), (pull(cotangent)[0] * tangent).sum(), rtol=1e-3, atol=1e-2)
     with nw.use("cpu"), pytest.raises(RuntimeError, match="a function transform or forward-mode differentiation"):
         torch.func.jvp(run, (x,), (tangent,))
+
+
+def test_first_gradients_with_a_graph_follow_one_path_each_where_inputs_depend_on_one_another():
+    gradients = []
+    for kernel in ("native", "cpu"):
+        torch.manual_seed(0)
+        x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+        with nw.use(kernel):
+            y = nw.normalize(x, nw.CATALOG["BatchNorm"].spec, weight=x.mean((0, 2, 3)), act="silu", residual=x)
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        (again,) = torch.autograd.grad(dx.square().sum(), x)
+        gradients.append((dx.detach(), again))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-9)

@@ -90,8 +90,9 @@ class SplitBatchNorm(TrackingLayer):
         weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
         if not self.training:
             mean, var = mean[self.split], var[self.split]
-            if weight is not None and bias is not None and not self.shared_affine:
-                weight, bias = weight[self.split], bias[self.split]
+            if not self.shared_affine:
+                weight = None if weight is None else weight[self.split]
+                bias = None if bias is None else bias[self.split]
         return normalize(
             x,
             self._spec if self.training else _WHOLE,

@@ -23,8 +23,14 @@ from .receipt import named_modules_once, shown
 __all__ = ["all_or_nothing", "become", "copied", "names_of_parameters", "refuse_wrapped", "shared_copy"]
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)
-_HOOKS = tuple(key for key in vars(nn.Module()) if "_hooks" in key)
-_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *_HOOKS)
+_HOOKS = tuple(key for key in vars(nn.Module()) if "_hook" in key)
+_TABLES = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    *(key for key in _HOOKS if key.endswith(("hooks", "kwargs", "called"))),  # not the flag _is_full_backward_hook
+)
 
 
 def refuse_wrapped(model: nn.Module, operation: str) -> None:
@@ -43,8 +49,10 @@ def copied(model: nn.Module, operation: str) -> nn.Module:
     Errors: `TypeError` for a wrapped, compiled or scripted model; `RuntimeError` where a module cannot be copied.
     """
     refuse_wrapped(model, operation)
+    # a process group cannot be copied, and is the same for the copy
+    groups = (group for module in model.modules() if (group := getattr(module, "process_group", None)) is not None)
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(group): group for group in groups})
     except Exception as error:
         raise RuntimeError(
             f"{operation} edits a copy, and copy.deepcopy of this {type(model).__name__} raised "
@@ -83,7 +91,8 @@ def become(module: nn.Module, new: nn.Module) -> None:
         raise TypeError(f"A module becomes another by class and state, and this {type(module).__name__} {what}.")
     old = dict(vars(module))
     state = vars(new)
-    state |= {key: old[key] for key in (*_HOOKS, "training") if key in old}
+    # `train` is what freeze puts on the instance
+    state |= {key: old[key] for key in (*_HOOKS, "training", "train") if key in old}
     state |= {key: value for key, value in old.items() if key.startswith("nw_")}
     vars(module).clear()
     vars(module).update(state)
@@ -96,7 +105,9 @@ def all_or_nothing(model: nn.Module) -> Iterator[Callable[[], None]]:
 
     Tensors that were written into are not restored, only which tensors, modules, hooks and attributes there are.
     """
-    before = [(module, type(module), dict(vars(module)), _tables(module)) for module in model.modules()]
+    # a scripted module keeps its state elsewhere, and no operation changes it
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    before = [(module, type(module), dict(vars(module)), _tables(module)) for module in modules]
 
     def restore() -> None:
         for module, cls, state, tables in before:
