@@ -40,6 +40,8 @@ from .layers.whitening import Whitening
 from .spec import NormSpec, PatternError
 
 if TYPE_CHECKING:
+    from . import doctor
+    from .doctor import Finding, Report, diagnose, intended
     from .surgery import (
         Edit,
         Receipt,
@@ -77,6 +79,7 @@ __all__ = [
     "EvoNormB0",
     "EvoNormS0",
     "FilterResponseNorm",
+    "Finding",
     "GhostBatchNorm",
     "GradcheckReport",
     "GroupNorm",
@@ -97,6 +100,7 @@ __all__ = [
     "ProbabilityIntegralTransform",
     "RMSNorm",
     "Receipt",
+    "Report",
     "ScaledStdConv2d",
     "SplitBatchNorm",
     "SwitchNorm",
@@ -109,13 +113,16 @@ __all__ = [
     "activation_gain",
     "adapt",
     "convert",
+    "diagnose",
     "distributed_data_parallel",
+    "doctor",
     "explain",
     "fold",
     "freeze",
     "from_flax",
     "from_keras",
     "gradcheck",
+    "intended",
     "join_domains",
     "normalize",
     "param_groups",
@@ -154,6 +161,7 @@ _SURGERY = {
     "to_keras",
     "unfreeze",
 }
+_DOCTOR = {"Finding", "Report", "diagnose", "intended", "watch"}
 
 
 def __getattr__(name: str) -> Any:
@@ -161,6 +169,11 @@ def __getattr__(name: str) -> Any:
         from . import surgery
 
         return getattr(surgery, name)
+    if name in _DOCTOR or name == "doctor":
+        from importlib import import_module
+
+        doctor = import_module(".doctor", __name__)
+        return doctor if name == "doctor" else getattr(doctor, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
