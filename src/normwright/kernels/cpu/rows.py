@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 
 from . import context as c
-from .scalar import FAST, inner, pointer_f64, pointer_i64, pointer_u8, scalars
-from .segments import make_statistic
+from .scalar import FAST, alone, inner, pointer_f64, pointer_i64, pointer_u8, scalars
+from .segments import BLOCK
 
 # rows whose parameter gradients are summed in float32 before the sums go to double
 FLUSH = 64
@@ -20,8 +20,37 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
     z = scalars(dtype, act)
     T, pt, px, load, store, f = z.T, z.pt, z.px, z.load, z.store, z.f
     zero = T(0)
-    statistic = make_statistic(z, False)
     residual = extra == "residual"
+
+    @inner(FAST)
+    def sums(x, base, length, pivot):
+        s = q = zero
+        for i in range(length):
+            d = load(x, base + i) - pivot
+            s += d
+            q += d * d
+        return float(s), float(q)
+
+    @inner(FAST)
+    def statistic(x, base, B):
+        """Mean and sum of squared deviations, as of stretches (`segments.make_statistic`)."""
+        mean = squares = 0.0
+        pivot = load(x, base)
+        for i in range(0, B, BLOCK):
+            length = min(BLOCK, B - i)
+            n, before = float(length), float(i)
+            s, q = sums(x, base + i, length, pivot)
+            shift = s / n
+            if shift * shift * n > 16 * (q - s * shift):
+                pivot = T(pivot + shift)
+                s, q = sums(x, base + i, length, pivot)
+                shift = s / n
+            delta = pivot + shift - mean
+            share = n / (before + n)
+            mean += delta * share
+            squares += q - s * shift + delta * delta * (before * share)
+            pivot = T(mean)
+        return mean, max(squares, 0.0)
 
     @inner(FAST)
     def apply(x, y, res, weight, bias, base, at_weight, length, high, low, rstd):
@@ -44,8 +73,8 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
                 for i in range(B):
                     store(y, base + i, zero)
                 continue
-            count, mean, squares = statistic(x, mask, base, 0, 0, 0, 1, B, B)
-            var = squares / count
+            mean, squares = statistic(x, base, B)
+            var = squares / B
             if t[c.CENTER] == 0:
                 var += mean * mean
                 mean = 0.0
@@ -81,7 +110,7 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
             g *= slope(v)
         return g, n
 
-    @inner(FAST)
+    @alone(FAST)
     def sums(x, dy, extra_, weight, bias, base, at_weight, length, high, low, rstd):
         s = q = zero
         for i in range(length):
@@ -91,7 +120,7 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
             q += g * n
         return s, q
 
-    @inner(FAST)
+    @alone(FAST)
     def apply(
         x, dy, extra_, dx, dextra, weight, bias, base, at_weight, length, high, low, rstd, c1, c2, dw, db, want
     ):  # fmt: skip
@@ -110,7 +139,7 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
                     store(dextra, base + i, g)
                 store(dx, base + i, (g * weight[at_weight + i] - (c1 + n * c2)) * rstd)
 
-    @inner(FAST)
+    @alone(FAST)
     def flush(single, double, length):
         for i in range(length):
             double[i] += single[i]
@@ -150,13 +179,11 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
                 rstd, high = T(rstd_), T(mean)
                 low = T((high - mean) * rstd_)
                 sum_g = sum_gx = 0.0
-                i = 0
-                while i < B:
-                    m = min(4096, B - i)
+                for i in range(0, B, BLOCK):
+                    m = min(BLOCK, B - i)
                     s, q = sums(x, dy, extra_, weight, bias, base + i, at_weight + i, m, high, low, rstd)
                     sum_g += s
                     sum_gx += q
-                    i += m
                 c1 = T(sum_g / B) if t[c.CENTER] != 0 else zero
                 dw, db = pt(scratch + at_weight * width), pt(scratch + (size + at_weight) * width)
                 apply(
