@@ -10,6 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import checks
+from .probe import CannotRun
 
 if TYPE_CHECKING:
     from ..surgery import Receipt
@@ -37,7 +38,8 @@ class Finding:
         numbers: what was measured, by name, with units in the names.
         repair: the operation of surgery that mends it, or None; it returns a `Receipt`.
         safe: whether the repair leaves alone all that is not at fault, so that `report.fix()` may make it unasked.
-        still_there: looks for the same finding again in a repaired model.
+        again: the same check on another model: what it finds there at the same place. It raises `CannotRun` where
+            the check cannot look.
     """
 
     check: type[Check]
@@ -50,7 +52,7 @@ class Finding:
     numbers: Mapping[str, Any] = field(default_factory=dict)
     repair: Callable[[], Receipt] | None = None
     safe: bool = True
-    still_there: Callable[[Any], bool] | None = None
+    again: Callable[[Any], list[Finding]] | None = None
 
     @property
     def code(self) -> str:
@@ -73,14 +75,20 @@ class Finding:
         if self.repair is None:
             raise RuntimeError(f"{self.code} has no operation that mends it: {self.help}")
         receipt = self.repair()
-        if self.still_there is not None and self.still_there(receipt.model):
+        try:
+            left = None if self.again is None else self.again(receipt.model)
+        except CannotRun as reason:
+            receipt.facts["verified"] = f"no: {reason}"
+            return receipt
+        if left:
             if receipt.undo_with is not None:
                 receipt.undo()
             raise RuntimeError(
-                f"{receipt.operation} did not remove {self.code} ({self.name}) at {', '.join(self.where) or 'the model'}"
-                f", and was undone. Mend it by hand: {self.help}"
+                f"{receipt.operation} did not remove {self.code} ({self.name}) at "
+                f"{', '.join(self.where) or 'the model'}{', and was undone' if receipt.undone else ''}. Mend it by "
+                f"hand: {self.help}"
             )
-        receipt.facts["verified"] = f"{self.code} is gone"
+        receipt.facts["verified"] = "no: the check watches training" if left is None else f"{self.code} is gone"
         return receipt
 
 

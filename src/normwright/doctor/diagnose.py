@@ -70,7 +70,7 @@ def diagnose(
         model, inputs, targets=targets, loss=loss, optimizer=optimizer, loader=loader, checkpoint=checkpoint,
         forward=forward,
     )  # fmt: skip
-    report = Report(type(subject.model).__name__)
+    report = Report(type(subject.model).__name__, model=model)
     with preserved(subject.model):
         for check in chosen(select, ignore):
             missing = [need for need in check.needs if not subject.has(need)]
@@ -82,6 +82,7 @@ def diagnose(
             except CannotRun as reason:
                 report.not_run.append(NotRun(check.code, check.name, str(reason)))
                 continue
+            report.ran.append(check.code)
             for finding in found:
                 add(report, finding, subject)
     report.sort()
@@ -122,19 +123,21 @@ def _intended(finding: Finding, subject: Subject) -> str | None:
 
 
 def _verifiable(finding: Finding, subject: Subject) -> Finding:
-    """The finding with a second look: the same check on the repaired model."""
+    """The finding with a second look: the same check on another model."""
     if finding.repair is None:
         return finding
 
-    def still_there(model: nn.Module) -> bool:
-        again = Subject(
+    def again(model: nn.Module) -> list[Finding]:
+        same = subject.model is unwrap(model)
+        other = Subject(
             model, subject.inputs, targets=subject.targets, loss=subject.loss, loader=subject.loader,
-            checkpoint=subject.checkpoint, forward=subject._forward,
-            optimizer=subject.optimizer if subject.model is unwrap(model) else None,
+            checkpoint=subject.checkpoint, forward=subject._forward, optimizer=subject.optimizer if same else None,
         )  # fmt: skip
-        if any(not again.has(need) for need in finding.check.needs):
-            return False
-        with preserved(again.model):
-            return any(set(found.where) & set(finding.where) for found in finding.check().find(again))
+        missing = [need for need in finding.check.needs if not other.has(need)]
+        if missing:
+            raise CannotRun(f"the repaired copy has no {' and '.join(missing)} to look at")
+        with preserved(other.model):
+            found = [_verifiable(each, other) for each in finding.check().find(other)]
+        return [each for each in found if set(each.where) & set(finding.where) or each.where == finding.where]
 
-    return replace(finding, still_there=still_there)
+    return replace(finding, again=again)
