@@ -21,7 +21,7 @@ class Untouched(Check):
     """Running statistics are those of a new layer.
 
     What it does
-        It compares `running_mean` with 0.
+        It compares `running_var` with 1.
 
     Why is this bad
         Evaluation is wrong.
@@ -40,9 +40,9 @@ class Untouched(Check):
 
     def find(self, subject):
         for name, module in subject.tracked().items():
-            if bool((module.running_mean == 0).all()):
+            if bool((module.running_var == 1).all()):
                 yield self.finding(
-                    name, f"{name} was never updated.", help="Recalibrate.", falsify="a mean other than 0",
+                    name, f"{name} was never updated.", help="Recalibrate.", falsify="a variance other than 1",
                     numbers={"largest_mean": module.running_mean.abs().max(), "values": [1.0, float("inf")]},
                     repair=lambda: nw.recalibrate(subject.model, [subject.inputs]),
                 )  # fmt: skip
@@ -58,7 +58,7 @@ class IdleBias(Check):
         if names:
             yield self.finding(
                 names, f"{len(names)} biases do nothing.", help="Drop them.", falsify="outputs that change",
-                numbers={"biases": len(names)}, repair=lambda: nw.absorb_bias(subject.model),
+                numbers={"biases": len(names)}, repair=lambda: nw.absorb_bias(subject.model, inputs=subject.inputs),
             )  # fmt: skip
 
 
@@ -281,7 +281,7 @@ def test_html_holds_what_the_text_holds(checks, inputs):
     report.fix()
     markup = re.sub(r"\s+", " ", re.sub(r"<style.*?</style>|<[^>]+>", " ", report.to_html(), flags=re.S))
     for expected in (
-        report.summary(), "NWX01", "3 was never updated.", "largest_mean 0", "Recalibrate.", "a mean other than 0",
+        report.summary(), "NWX01", "3 was never updated.", "largest_mean 0", "Recalibrate.", "a variance other than 1",
         "fixable, not unasked", "NWX01 untouched at 1: it is new", "it needs loader: NWX05 needs-loader",
         "mended: absorb_bias", "no measurement", "Evaluation is wrong.",
     ):  # fmt: skip
