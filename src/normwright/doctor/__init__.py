@@ -5,5 +5,19 @@ from .diagnose import diagnose
 from .intended import intended
 from .probe import CannotRun, Subject
 from .report import NotRun, Report
+from .watch import Log, WatchCallback, watch
 
-__all__ = ["CannotRun", "Check", "Finding", "NotRun", "Report", "Subject", "all_checks", "diagnose", "intended"]
+__all__ = [
+    "CannotRun",
+    "Check",
+    "Finding",
+    "Log",
+    "NotRun",
+    "Report",
+    "Subject",
+    "WatchCallback",
+    "all_checks",
+    "diagnose",
+    "intended",
+    "watch",
+]
