@@ -480,6 +480,149 @@ def absorb_bias(
     )  # fmt: skip
 
 
+@app.command()
+def doctor(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE.py:NAME",
+            help="A function without arguments that returns the network; package.module:NAME will do.",
+            show_default=False,
+        ),
+    ],
+    inputs: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.py:NAME", help="A batch, or a function that returns one.", show_default=False),
+    ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:NAME", help="What the loss takes beside the output, likewise.", show_default=False
+        ),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.py:NAME", help="loss(output, targets), or a class of such.", show_default=False),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:NAME", help="A function of the network that returns its optimizer.", show_default=False
+        ),
+    ] = None,
+    loader: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:NAME", help="The training batches, or a function that returns them.", show_default=False
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The state dict that the network is used with.", show_default=False)
+    ] = None,
+    format: Annotated[str, typer.Option(help="text, json, sarif or html.")] = "text",
+    out: Annotated[Path | None, typer.Option(help="Write the report to a file.", show_default="print it")] = None,
+    select: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CODES", help="Only these checks: codes or their beginnings, with commas.", show_default=False
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="CODES", help="Not these checks.", show_default=False)
+    ] = None,
+    fix: Annotated[
+        Path | None,
+        typer.Option(
+            help="Mend what can safely be mended, write the network's state dict to this .pt or .safetensors file, "
+            "and report what is left.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over the file of --fix.")] = False,
+) -> None:
+    """Examine a network's normalization. Exit code 1 if there is an error or a warning, 2 if it could not be run."""
+    from .doctor.command import FORMATS, Examination, drawn, examine
+    from .lab.files import atomic_write
+
+    if format not in FORMATS:
+        raise UserError(f"--format is one of {', '.join(FORMATS)}; got {format!r}.")
+    asked = Examination(
+        model, inputs, targets, loss, optimizer, loader, checkpoint, select=_codes(select), ignore=_codes(ignore),
+        fix=fix, force=force,
+    )  # fmt: skip
+    report = examine(asked)
+    text = drawn(report, format, asked.file)
+    if out is None:
+        typer.echo(text)
+    else:
+        atomic_write(out, [f"{text}\n".encode()])
+        typer.echo(f"{report.summary()} Report: {out}")
+    for note in asked.notes:
+        typer.echo(note, err=True)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _codes(given: list[str] | None) -> tuple[str, ...]:
+    return tuple(code.strip() for text in given or () for code in text.split(","))
+
+
+@app.command()
+def check(
+    name: Annotated[
+        str | None, typer.Argument(metavar="CODE", help="A check's code or name, such as NW104.", show_default=False)
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List every check and exit.")] = False,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write every page as Markdown into a folder.", show_default=False)
+    ] = None,
+) -> None:
+    """Print the page of a check of the doctor or a rule of the linter."""
+    from rich.console import Console
+
+    from .doctor.command import page_of, pages, write_markdown
+
+    if markdown is not None:
+        typer.echo(f"Wrote {len(write_markdown(markdown))} files to {markdown}.")
+    elif list_:
+        _print_checks(pages(), Console())
+    elif name is None:
+        raise UserError("Name a check, for example `normwright check NW101`; `normwright check --list` has them all.")
+    else:
+        _print_page(page_of(name), Console())
+
+
+def _print_checks(found: dict[str, Any], console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("code", "fault", "severity", "evidence", "needs"):
+        table.add_column(column)
+    for code, each in found.items():
+        # a rule of the linter reads the source alone
+        evidence, needs = getattr(each, "evidence", "source"), ", ".join(getattr(each, "needs", ()))
+        table.add_row(code, each.name, each.severity, evidence, needs)
+    console.print(table)
+
+
+def _print_page(found: Any, console: Console) -> None:
+    from rich.padding import Padding
+    from rich.syntax import Syntax
+    from rich.text import Text
+
+    from .doctor.page import Page
+
+    page = Page.of(found)
+    console.print(Text(f"{found.code}: {found.name}", "bold"), Text(f"({found.severity})", "dim"))
+    console.print(Text(f"\n{page.summary}"))
+    for title, text in page.sections.items():
+        console.print(Text(f"\n{title}", "bold"))
+        code = title in ("Example", "Use instead")
+        shown = Syntax(text, "python", theme="ansi_dark", background_color="default") if code else Text(text)
+        console.print(Padding(shown, (0, 0, 0, 2)))
+
+
 app.command("bench")(bench)
 
 
