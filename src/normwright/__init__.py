@@ -41,7 +41,7 @@ from .spec import NormSpec, PatternError
 
 if TYPE_CHECKING:
     from . import doctor
-    from .doctor import Finding, Report, diagnose, intended
+    from .doctor import Finding, Report, diagnose, intended, watch
     from .surgery import (
         Edit,
         Receipt,
@@ -137,6 +137,7 @@ __all__ = [
     "unfreeze",
     "use",
     "virtual_sync",
+    "watch",
 ]
 
 
