@@ -188,7 +188,7 @@ def test_repr_state_and_attributes_are_torchs(name, kwargs):
     assert list(a) == list(b)
     assert a._metadata == b._metadata
     for key in b:
-        assert torch.equal(a[key], b[key])
+        torch.testing.assert_close(a[key], b[key])
         assert a[key].dtype == b[key].dtype
     assert [p.requires_grad for p in ours.parameters()] == [p.requires_grad for p in theirs.parameters()]
     with_act = getattr(nw, name)(*args, act="leaky_relu", **kwargs)

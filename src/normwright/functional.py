@@ -83,5 +83,5 @@ def normalize(
             "Without batch statistics the running mean and variance are needed and one is missing; "
             "pass both, or use_batch_stats=True."
         )
-    call = Call(x, spec, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, act, residual, mask)
-    return run(call)
+    given = (x, spec, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, act, residual, mask)
+    return run(tuple.__new__(Call, given))  # Call(*given), without the 1 µs of a named tuple's own constructor

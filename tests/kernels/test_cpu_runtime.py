@@ -431,15 +431,34 @@ def test_use_of_an_unknown_kernel(name):
 
 
 @pytest.mark.parametrize(
-    ("layer", "of", "size"),
+    ("layer", "of", "shape"),
     [
-        (nw.BatchNorm1d(8), "batch_norm", 8),
-        (nw.LayerNorm(64), "layer_norm", 64),
-        (nw.RMSNorm(64), "rms_norm", 64),
-        (nw.ChannelNorm(64), None, 64),
+        (nw.BatchNorm1d(8), "batch_norm_1d", (-1, 8)),
+        (nw.BatchNorm1d(8), "batch_norm", (-1, 8, 4)),
+        (nw.LayerNorm(64), "layer_norm", (-1, 64)),
+        (nw.LayerNorm(64, act="relu"), "layer_norm", (-1, 64)),
+        (nw.GroupNorm(2, 8), "group_norm", (-1, 8, 4)),
     ],
 )
-def test_the_free_choice_is_the_kernel_from_the_measured_size_on(layer, of, size):
-    rows = cpu._WORTH[of] // size
-    assert said(layer, torch.randn(rows, size)).endswith("runs on cpu")
-    assert "so few elements" in said(layer, torch.randn(rows - 1, size))
+def test_the_free_choice_is_the_kernel_from_the_measured_size_on(layer, of, shape):
+    # explain runs without gradients, where the crossing is at a quarter; an activation halves it
+    least = cpu.WORTH[of] // 4 // (2 if layer.act else 1)
+    x = torch.randn(least).view(shape)
+    assert said(layer, x).endswith("runs on cpu")
+    assert "so few elements" in said(layer, x[1:])
+
+
+def test_gradients_and_a_fused_activation_move_the_crossing():
+    elements = cpu.WORTH["layer_norm"]
+    x = torch.empty(elements)
+    assert cpu.few(x[1:], "layer_norm", False)
+    assert not cpu.few(x, "layer_norm", False)
+    assert not cpu.few(x[: elements // 2], "layer_norm", True)
+    with torch.no_grad():
+        assert not cpu.few(x[: elements // 4], "layer_norm", False)
+        assert cpu.few(x[1 : elements // 4], "layer_norm", False)
+
+
+@pytest.mark.parametrize("layer", [nw.RMSNorm(64), nw.ChannelNorm(64), nw.InstanceNorm1d(64)])
+def test_what_torch_composes_or_copies_is_a_kernel_at_any_size(layer):
+    assert said(layer, torch.randn(1, 64, 64)).endswith("runs on cpu")

@@ -17,14 +17,11 @@ from torch import Tensor, nn
 from . import cpu, native
 from .call import Call
 
-__all__ = ["BACKENDS", "Choice", "Explanation", "explain", "run", "use"]
+__all__ = ["BACKENDS", "Choice", "Explanation", "at_once", "explain", "run", "use"]
 
 
 # name -> module, best first
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu}
-
-# fewer elements than this are native everywhere: asking a backend costs more than it could save
-TINY = 4096
 
 _demanded: str | None = None
 _record: _Record | None = None
@@ -95,10 +92,20 @@ class use:
         _demanded = self._previous
 
 
+def at_once(x: Tensor, operator: str, fused: bool) -> bool:
+    """Whether torch's operator may run without asking: too few values for a kernel, and nobody demands or watches."""
+    return (
+        x.is_cpu
+        and _demanded is None
+        and _record is None
+        and not torch.compiler.is_compiling()
+        and cpu.few(x, operator, fused)
+        and x.numel() != 0
+    )
+
+
 def run(call: Call) -> Tensor:
     """Run the call on the demanded backend, or on the first that does not refuse."""
-    if _demanded is None and _record is None and not torch.compiler.is_compiling() and call.x.numel() < TINY:
-        return native.normalize(call)
     refused: dict[str, str] = {}
     chosen, backend, prepared = "native", native, None
     if _demanded != "native":

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..spec import Layout, NormSpec
 from .call import Call, check_sizes
 
-__all__ = ["ACTIVATIONS", "activate", "batch_statistics", "formula", "normalize", "update_running"]
+__all__ = ["ACTIVATIONS", "activate", "batch_statistics", "finish", "formula", "normalize", "update_running"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -68,7 +68,7 @@ def normalize(call: Call, prepared: object = None) -> Tensor:
     operator = torch_operator(spec) if mask is None and x.numel() else None
     if operator == "batch_norm" and x.dim() > 1:  # the pattern fits, and torch checks the rest
         y = torch.batch_norm(x, weight, bias, running_mean, running_var, use_batch_stats, new_weight, eps, _cudnn(x))
-        return _finish(y, act, residual)
+        return finish(y, act, residual)
     # this is what refuses a shape that does not fit the pattern
     layout = spec.layout_uncached(x.shape) if torch.compiler.is_compiling() else spec.layout(x.shape)
     check_sizes(call, math.prod(layout.affine_shape), math.prod(layout.running_shape))
@@ -82,14 +82,14 @@ def normalize(call: Call, prepared: object = None) -> Tensor:
         y = torch.rms_norm(x, _trailing(spec, x), weight, eps)
     else:
         return formula(call, layout)
-    return _finish(y, act, residual)
+    return finish(y, act, residual)
 
 
 # these need their output alone for their gradient, so they may overwrite what the norm's gradient does not need
 _IN_PLACE = {"relu": torch.relu_, "sigmoid": torch.sigmoid_, "tanh": torch.tanh_}
 
 
-def _finish(y: Tensor, act: str | None, residual: Tensor | None) -> Tensor:
+def finish(y: Tensor, act: str | None, residual: Tensor | None) -> Tensor:
     """Add the residual and activate what an operator of torch has just made."""
     if residual is not None:
         y = (y + residual).to(y.dtype)

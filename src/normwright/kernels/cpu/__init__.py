@@ -22,7 +22,7 @@ from ..call import Call, check_sizes
 from ..plan import NoPlan, Plan, plan
 from . import build, compiled, context
 
-__all__ = ["normalize", "prepare"]
+__all__ = ["WORTH", "normalize", "prepare"]
 
 _NAMES = {
     torch.float32: "float32",
@@ -34,15 +34,17 @@ _NAMES = {
 # below this many elements one thread is taken to be faster than waking the pool: an estimate from (256, 120), whose
 # kernels take 8 and 13 µs on one thread, and not a measured crossing
 SERIAL = 100_000
-# elements from which these kernels, and their call from Python, are faster than torch's operator for the pattern; only
-# batch norm's was measured, the others are estimates from the cost of a call
-_WORTH = {
-    "batch_norm": 32768,  # (256, 120), forward and backward: torch 59 µs, ours 87, two cores of a Zen 5
-    "instance_norm": 8192,
-    "group_norm": 32768,
-    "layer_norm": 65536,
-    "rms_norm": 8192,
-    None: 4096,  # the formula in composed operators
+# elements from which these kernels, and their call from Python, are faster than torch's operator for the pattern,
+# forward and backward, float32, one thread of a Zen 5; see `few` for the rest
+WORTH = {
+    "batch_norm": 24576,  # NCHW crosses at 18,000, channels_last at 25,000
+    "batch_norm_1d": 65536,  # (N, C)
+    "evaluation": 131072,  # batch norm by running statistics: NCHW crosses at 200,000, channels_last at 100,000
+    "instance_norm": 0,
+    "group_norm": 114688,
+    "layer_norm": 73728,
+    "rms_norm": 0,
+    None: 0,  # the formula in composed operators
 }
 # bytes of a result from which segments and columns write it past the cache, which could not hold it for whoever reads
 # it next: batch norm of 26 MB took 4.3 ms against 5.5, forward and backward on one thread of a Zen 5 with 32 MB of
@@ -80,7 +82,10 @@ class Recipe:
     head: tuple[int, ...]  # the context's first slots, up to the phase
     width: int  # bytes of the type that computes
     stream: bool  # the result is written past the cache
-    scratch_bytes: int  # of the columns family; rows need theirs only backward
+    scratch: tuple[int, int]  # bytes of scratch memory, forward and backward
+    share: tuple[int, int]  # what the pool shares out, forward and backward
+    phases: tuple[int, ...]  # of a call with the batch's statistics
+    partial: int  # parts in which the kernels leave the parameter gradients; 1 where they leave the sums themselves
 
 
 @cache
@@ -125,6 +130,11 @@ def recipe(
         if width >= SHORT:
             family, p = "columns", replace(p, A=A * B // width, B=width, S=width)
             O, A, K, B = p.O, p.A, p.K, p.B
+    outer = O > 1
+    if family == "segments" and not use_batch:
+        # nothing is summed: go through memory in its order; (32,64,56,56) at evaluation took 1.2 ms against 2.0
+        p = replace(p, O=O * A, A=1)
+        O, A = p.O, p.A
     chunks = columns = 1
     tasks, workers = O * K, 1
     if family == "columns":
@@ -147,6 +157,9 @@ def recipe(
     merged = bool(spec.running) and any(layout.split[i] > 1 for i in layout.merged)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     width = compute.itemsize
+    of_columns = 0
+    if family == "columns":
+        of_columns = O * chunks * 3 * R * K * B * 8 + workers * columns * (3 * 8 + 8 * width)
     return Recipe(
         family=family,
         plan=p,
@@ -158,16 +171,33 @@ def recipe(
         parallel=parallel,
         dtype=_NAMES[dtype],
         compute=compute,
-        statistics=O * K,
+        statistics=O * K if use_batch else K,
         running=math.prod(layout.running_shape),
         merged=merged,
         permuted=kept != sorted(kept),
-        scattered=kept != sorted(kept) or (O > 1 and not merged),
+        scattered=kept != sorted(kept) or (outer and not merged),
         head=(O, A, K, B, p.G, p.P, p.S, p.by_a, R, tasks, workers, chunks, columns),
         width=width,
         stream=numel * dtype.itemsize >= STREAM,
-        scratch_bytes=O * chunks * 3 * R * K * B * 8 + workers * columns * (3 * 8 + 8 * width),
+        scratch=(of_columns, workers * 2 * p.parameters * (8 + width) if family == "rows" else of_columns),
+        share=(workers if family == "columns" else tasks, tasks if family == "segments" else workers),
+        phases=(0,) if chunks == 1 else (1, 2),
+        partial=workers if family == "rows" else tasks if p.by_a else O * (K // p.G),
     )
+
+
+def few(x: Tensor, operator: str | None, fused: bool) -> bool:
+    """Whether torch's operator is faster on so few elements.
+
+    An activation or residual that joins the norm halves the crossing, and a forward pass alone has a quarter of it:
+    batch norm 18,000, with ReLU 10,000, without gradients 3,000; layer norm 70,000, 33,000, 18,000. At evaluation
+    there are no sums to be saved, with gradients or without.
+    """
+    if operator == "batch_norm" and x.dim() == 2:
+        operator = "batch_norm_1d"
+    least = WORTH[operator]
+    # on the constant's side, because while torch traces, numel is no plain number
+    return x.numel() < (least if operator == "evaluation" or torch.is_grad_enabled() else least >> 2) >> fused
 
 
 def prepare(call: Call, demanded: bool) -> Recipe | ModuleType | str:
@@ -188,16 +218,21 @@ def prepare(call: Call, demanded: bool) -> Recipe | ModuleType | str:
         return f"the input is a {type(x).__name__}, not a plain tensor"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a function transform or forward-mode differentiation is active"
+    if torch._C._is_tracing():
+        return "torch.jit.trace records torch's own operators"
     if torch._C._len_torch_dispatch_stack():
         return "a dispatch mode is active"
     if build.UNAVAILABLE is not None:
         return build.UNAVAILABLE
     if call.residual is not None and call.residual.dtype != x.dtype:
         return f"the residual is {call.residual.dtype} and the input {x.dtype}"
-    size = x.numel()
-    if not size:
+    if not x.numel():
         return "the input is empty"
-    if not demanded and size < _WORTH[native.torch_operator(call.spec)]:
+    fused = call.act is not None or call.residual is not None
+    operator = native.torch_operator(call.spec) if call.mask is None else None
+    if operator == "batch_norm" and not call.use_batch_stats:
+        operator = "evaluation"
+    if not demanded and few(x, operator, fused):
         return "torch's own operators are faster on so few elements"
     found = recipe(call.spec, call.use_batch_stats, x.shape, x.stride(), x.dtype, torch.get_num_threads())
     if not isinstance(found, str) and call.running_var is not None:
@@ -228,7 +263,7 @@ def normalize(call: Call, found: Recipe | ModuleType) -> Tensor:
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _Normalize.apply(x, weight, bias, residual, call, found)  # type: ignore[return-value]
+        return _apply(x, weight, bias, residual, call, found)
     return _forward(x, weight, bias, residual, call, found)[0]
 
 
@@ -245,57 +280,56 @@ def _constant(value: float, size: int, dtype: torch.dtype) -> Tensor:
 
 def _row_parameters(weight: Tensor | None, bias: Tensor | None, found: Recipe) -> tuple[Tensor | None, Tensor | None]:
     """The row kernels read a weight and a bias always: ones and zeros where there are none."""
-    if found.family == "rows":
-        size = found.plan.parameters
-        weight = _constant(1.0, size, found.compute) if weight is None else weight
-        bias = _constant(0.0, size, found.compute) if bias is None else bias
-    return weight, bias
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+    size = found.plan.parameters
+    weight = _constant(1.0, size, found.compute) if weight is None else weight
+    return weight, _constant(0.0, size, found.compute) if bias is None else bias
 
 
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call, found: Recipe
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output, statistics (means, then variances, in double), and the mask as the kernels read it."""
+    _, spec, _, _, running_mean, running_var, use_batch, new_weight, eps, act, _, mask = call
     y = torch.empty_like(x)
-    weight, bias = _row_parameters(weight, bias, found)
-    flags = None if call.mask is None else _expand_mask(found, x, call.mask)
-    use_batch, center, n = call.use_batch_stats, call.spec.center, found.statistics
-    running_mean, running_var = call.running_mean, call.running_var
-    if use_batch:
-        statistics = torch.empty(2 * n, dtype=torch.float64)
-    else:
-        statistics = native.batch_statistics(call, found.plan.layout)
-    update = use_batch and running_var is not None and not found.merged
-    moved = (_computed(running_mean, found.compute), _computed(running_var, found.compute)) if update else (None, None)
-    if update and center and running_mean is None:  # the kernel moves both
-        moved = (torch.empty(found.running, dtype=found.compute), moved[1])
-    scratch = torch.empty(found.scratch_bytes, dtype=torch.uint8) if found.family == "columns" else None
+    if found.family == "rows":
+        weight, bias = _row_parameters(weight, bias, found)
+    flags = None if mask is None else _expand_mask(found, x, mask)
+    n, center = found.statistics, spec.center
+    statistics = (
+        torch.empty(2 * n, dtype=torch.float64) if use_batch else native.batch_statistics(call, found.plan.layout)
+    )
+    moves = use_batch and running_var is not None and not found.merged
+    mean = var = None
+    at_mean = at_var = 0
+    if moves:
+        mean, var = _computed(running_mean, found.compute), _computed(running_var, found.compute)
+        if mean is None and center:  # the kernel moves both
+            mean = torch.empty(found.running, dtype=found.compute)
+        at_mean, at_var = 0 if mean is None else mean.data_ptr(), var.data_ptr()  # type: ignore[union-attr]
+    scratch = torch.empty(found.scratch[0], dtype=torch.uint8) if found.scratch[0] else None
     run = build.kernel(
         found.family,
         "forward",
         found.dtype,
-        call.act or "none",
+        act or "none",
         "none" if residual is None else "residual",
         flags is not None,
     )
     where = statistics.data_ptr()
-    for phase in (0,) if found.chunks == 1 else (1, 2) if use_batch else (2,):
+    for phase in found.phases if use_batch else found.phases[-1:]:
         run(
-            found.tasks if found.family != "columns" else found.workers,
+            found.share[0],
             context.pack(
-                *found.head, phase, use_batch, center, update, 0, found.stream,
-                x.data_ptr(), y.data_ptr(), _address(weight), _address(bias), _address(residual),
-                where, where + 8 * n, _address(moved[0]), _address(moved[1]),
-                0, 0, 0, 0, _address(scratch), _address(flags), call.eps, call.new_weight,
+                *found.head, phase, use_batch, center, moves, 0, found.stream,
+                x.data_ptr(), y.data_ptr(), 0 if weight is None else weight.data_ptr(),
+                0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(),
+                where, where + 8 * n, at_mean, at_var, 0, 0, 0, 0, 0 if scratch is None else scratch.data_ptr(),
+                0 if flags is None else flags.data_ptr(), eps, new_weight,
             ),
             found.parallel,
         )  # fmt: skip
-    if update:
-        for buffer, new in ((running_mean, moved[0]), (running_var, moved[1])):
+    if moves:
+        for buffer, new in ((running_mean, mean), (running_var, var)):
             if buffer is None:
                 continue
             if new is not buffer:
@@ -308,7 +342,7 @@ def _forward(
         mean, var = statistics.view(2, *layout.stat_shape).unbind()
         with torch.no_grad():
             native.update_running(
-                layout, running_mean, running_var, mean if center else None, var, layout.count, call.new_weight
+                layout, running_mean, running_var, mean if center else None, var, layout.count, new_weight
             )
     return y, statistics, flags
 
@@ -360,6 +394,8 @@ class _Normalize(torch.autograd.Function):
         return (*gradients(ctx.rest, ctx.found, ctx.needs_input_grad, ctx.has_residual, dy, *saved), None, None)
 
 
+# what Function.apply does besides concerns functorch, which prepare has ruled out, and costs 2 µs
+_apply: Any = super(torch.autograd.Function, _Normalize).apply  # type: ignore[misc]
 _BY_SIGN = ("relu", "leaky_relu")
 
 
@@ -369,64 +405,57 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of x, weight, bias and residual by the kernels."""
     spec, use_batch, eps, act, mask, _, _ = rest
-    p, n = found.plan, found.statistics
-    dy = _as(dy, x)
+    n = found.statistics
+    if dy.stride() != x.stride():
+        dy = _as(dy, x)
     dx = torch.empty_like(x)
-    kind = "none" if extra is None else "output" if act in _BY_SIGN else "residual"
-    dextra = None if extra is None else torch.empty_like(x)
+    kind, dextra = "none", None
+    if extra is not None:
+        kind, dextra = "output" if act in _BY_SIGN else "residual", torch.empty_like(x)
     want = (need[1] and weight is not None) or (need[2] and bias is not None)
-    w, b = _row_parameters(weight, bias, found)
-    # where the kernels leave parameter gradients: (…, parameter, …), to be summed over the rest
-    size = p.parameters
-    if found.family == "rows":
-        partial = (found.workers, size, 1)
-    elif p.by_a:
-        partial = (found.tasks, size, 1)
-    else:
-        partial = (p.O * found.R * (p.K // p.G), size, p.S if found.family == "columns" else 1)
-    direct = partial[0] == partial[2] == 1  # the kernels then leave the gradients themselves
+    w, b = _row_parameters(weight, bias, found) if found.family == "rows" else (weight, bias)
     sums = dweight = dbias = None
     at_weight = at_bias = 0
-    if want and direct:
-        shape = (bias if weight is None else weight).shape  # type: ignore[union-attr]
-        dweight, dbias = torch.empty(shape, dtype=found.compute), torch.empty(shape, dtype=found.compute)
-        at_weight, at_bias = dweight.data_ptr(), dbias.data_ptr()
-    elif want:
-        sums = torch.empty((2, *partial), dtype=found.compute)
-        at_weight = sums.data_ptr()
-        at_bias = at_weight + found.width * math.prod(partial)
-    scratch = None
-    if found.family == "columns":
-        scratch = torch.empty(found.scratch_bytes, dtype=torch.uint8)
-    elif found.family == "rows" and want:
-        scratch = torch.empty(found.workers * 2 * size * (8 + found.width), dtype=torch.uint8)
+    if want:
+        like = bias if weight is None else weight
+        if found.partial == 1:
+            dweight, dbias = torch.empty_like(like), torch.empty_like(like)  # type: ignore[arg-type]
+            at_weight, at_bias = dweight.data_ptr(), dbias.data_ptr()
+        else:
+            sums = torch.empty((2, found.partial, *like.shape), dtype=found.compute)  # type: ignore[union-attr]
+            at_weight = sums.data_ptr()
+            at_bias = at_weight + sums.numel() // 2 * found.width
+    size = found.scratch[1] if want or found.family == "columns" else 0
+    scratch = torch.empty(size, dtype=torch.uint8) if size else None
     run = build.kernel(found.family, "backward", found.dtype, act or "none", kind, flags is not None)
     where = statistics.data_ptr()
-    for phase in (0,) if found.chunks == 1 else (1, 2):
+    for phase in found.phases:
         run(
-            found.tasks if found.family == "segments" else found.workers,
+            found.share[1],
             context.pack(
                 *found.head, phase, use_batch, spec.center, 0, want, found.stream,
-                x.data_ptr(), dx.data_ptr(), _address(w), _address(b), _address(extra),
-                where, where + 8 * n, 0, 0, dy.data_ptr(), at_weight, at_bias,
-                _address(dextra), _address(scratch), _address(flags), eps, 0.0,
+                x.data_ptr(), dx.data_ptr(), 0 if w is None else w.data_ptr(), 0 if b is None else b.data_ptr(),
+                0 if extra is None else extra.data_ptr(), where, where + 8 * n, 0, 0, dy.data_ptr(), at_weight, at_bias,
+                0 if dextra is None else dextra.data_ptr(), 0 if scratch is None else scratch.data_ptr(),
+                0 if flags is None else flags.data_ptr(), eps, 0.0,
             ),
             found.parallel,
         )  # fmt: skip
     if sums is not None:
-        shape = (bias if weight is None else weight).shape  # type: ignore[union-attr]
-        dweight, dbias = sums.sum((1, 3)).view(2, *shape).unbind()
+        dweight, dbias = sums.sum(1).unbind()
     dresidual = None
     if has_residual and need[3]:
         dresidual = dextra
         if dextra is None:
-            dresidual = dy if mask is None else dy * _mask_like(found, x, mask)
+            dresidual = dy if mask is None else _valid(dy, found, mask)
     return dx if need[0] else None, dweight if need[1] else None, dbias if need[2] else None, dresidual
 
 
-def _mask_like(found: Recipe, x: Tensor, mask: Tensor) -> Tensor:
+def _valid(gradient: Tensor, found: Recipe, mask: Tensor) -> Tensor:
+    """The gradient where the mask is set, 0 elsewhere, whatever it holds there."""
     layout = found.plan.layout
-    return mask.reshape(layout.mask_view(tuple(mask.shape))).expand(layout.split).reshape(x.shape)
+    valid = mask.reshape(layout.mask_view(tuple(mask.shape))).expand(layout.split).reshape(gradient.shape)
+    return torch.where(valid, gradient, 0.0)
 
 
 def _differentiable(
@@ -442,6 +471,9 @@ def _differentiable(
         act = residual = None
     if use_batch:  # they were moved by the forward pass, once
         running_mean = running_var = None
+    # aliases, because one of them may have been made from another, and a gradient is along one path alone;
+    # expand_as keeps strides, which view_as loses where a size is 1
+    x, weight, bias, residual = (None if t is None else t.expand_as(t) for t in (x, weight, bias, residual))  # type: ignore[assignment]
     call = Call(x, spec, weight, bias, running_mean, running_var, use_batch, 0.0, eps, act, residual, mask)
     y = native.formula(call, spec.layout(x.shape))
     wanted = [t if t is not None and need[i] else None for i, t in enumerate((x, weight, bias, residual))]
@@ -450,5 +482,5 @@ def _differentiable(
     )
     dx, dweight, dbias, dresidual = (None if t is None else next(found_gradients) for t in wanted)
     if has_residual and residual is None and need[3]:
-        dresidual = dz if mask is None else dz * _mask_like(found, x, mask)
+        dresidual = dz if mask is None else _valid(dz, found, mask)
     return dx, dweight, dbias, dresidual

@@ -136,7 +136,10 @@ def _version() -> str:
 
     target_context: Any = cpu_target.target_context
     parts = [numba.__version__, llvmlite.__version__, repr(target_context.codegen().magic_tuple())]
-    parts += [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
+    # __init__ and compiled only call the kernels
+    callers = ("__init__.py", "compiled.py")
+    sources = (path for path in sorted(Path(__file__).parent.glob("*.py")) if path.name not in callers)
+    parts += [path.read_text(encoding="utf-8") for path in sources]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -305,8 +305,7 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
 def backward(dtype: str, act: str, extra: str, masked: bool):
     """dz, dweight, dbias and dx.
 
-    Parameter gradients are left per column at o·K·B + column, or, where the parameter is `a`, per (o, block)
-    at (o·blocks + block)·A + a.
+    Parameter gradients are left at (o·K + k)·P + p, or, where the parameter is `a`, at (o·blocks + block)·A + a.
     """
     z = scalars(dtype, act)
     T, pt, px, load, store, slope = z.T, z.pt, z.px, z.load, z.store, z.slope
@@ -476,10 +475,10 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
                     sum_g = sum_gx = count = 0.0
                     for p in range(P):
                         w = float(weight[(kept % G) * P + p]) if use_weight else 1.0
+                        sum_p = sum_px = 0.0
                         for r in range(R):
                             start = ((r * K + k) * P + p) * S
                             for j in range(start, start + S):
-                                total = total_x = 0.0
                                 for part in range(chunks):
                                     if chunks == 1:
                                         at = doubles + 8 * j
@@ -487,16 +486,16 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
                                     else:
                                         at = t[c.SCRATCH] + ((o * chunks + part) * 3 * width_all + col + j) * 8
                                         step = 8 * width_all
-                                    total += pointer_f64(at)[0]
-                                    total_x += pointer_f64(at + step)[0]
+                                    sum_p += pointer_f64(at)[0]
+                                    sum_px += pointer_f64(at + step)[0]
                                     if masked:
                                         count += pointer_f64(at + 2 * step)[0]
-                                total_x -= low * total
-                                if chunk == 0 and want:
-                                    dweight[o * width_all + col + j] = T(total_x * rstd)
-                                    dbias[o * width_all + col + j] = T(total)
-                                sum_g += w * total
-                                sum_gx += w * total_x
+                        sum_px -= low * sum_p
+                        if chunk == 0 and want:
+                            index = (o * K + kept) * P + p
+                            dweight[index], dbias[index] = T(sum_px * rstd), T(sum_p)
+                        sum_g += w * sum_p
+                        sum_gx += w * sum_px
                     if not masked:
                         count = float(A * R * B)
                     count = max(count, 1.0)
