@@ -29,10 +29,10 @@ def test_docstrings(name):
 
 
 def test_readme(capsys):
-    """The block runs, the fused copy computes what the model did, and explain names a kernel."""
-    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    """The blocks run in order, the fused copy computes what the model did, and explain names a kernel."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     names: dict = {}
-    exec(block, names)
+    exec("\n".join(blocks), names)
     assert "runs on cpu" in capsys.readouterr().out
     x, layer = names["x"], names["layer"]
     expected = normwright.activate(normwright.normalize(x, layer.spec, layer.weight, layer.bias) + x, "relu")
