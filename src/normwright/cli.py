@@ -623,6 +623,40 @@ def _print_page(found: Any, console: Console) -> None:
         console.print(Padding(shown, (0, 0, 0, 2)))
 
 
+@app.command()
+def lint(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Python files, notebooks, and folders of them.", metavar="PATHS…", show_default="."),
+    ] = None,
+    format_: Annotated[str, typer.Option("--format", help="text, json, sarif or github.")] = "text",
+    select: Annotated[
+        list[str] | None,
+        typer.Option(help="Codes, their beginnings, or names of the rules to use, with commas.", show_default="all"),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="The same, of rules to leave out.", show_default="none")
+    ] = None,
+) -> None:
+    """Find mistakes that the source alone shows; `# noqa: NW905` on a line silences one. Exit code 1 if there are any."""
+    from .doctor import lint as linter
+
+    if format_ not in linter.FORMATS:
+        raise UserError(f"--format is one of {', '.join(linter.FORMATS)}; got {format_!r}.")
+    rules = linter.select(_separated(select), _separated(ignore))
+    result = linter.lint(paths or [Path()], rules)
+    if not result.files:
+        typer.echo("normwright: no Python file or notebook there.", err=True)
+    if shown := linter.show(result, format_):
+        typer.echo(shown)
+    if result.problems:
+        raise typer.Exit(1)
+
+
+def _separated(values: list[str] | None) -> list[str]:
+    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
 app.command("bench")(bench)
 
 

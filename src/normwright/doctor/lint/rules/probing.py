@@ -1,0 +1,144 @@
+"""NW908."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from typing import Any
+
+from ..models import layers
+from ..rule import Found, Rule
+from ..source import Function, Source, dotted
+from ..training import backward_calls, is_backward, is_eval, is_train
+
+DUMMY = {f"torch.{name}" for name in ("zeros", "ones", "rand", "randn", "empty", "full", "randint", "zeros_like")}
+RESTORES = {"load_state_dict", "reset_running_stats", "reset_parameters", "recalibrate", "update_bn"}
+
+
+class ProbingForward(Rule):
+    """A forward on dummy data, before training and in training mode, moves the running statistics.
+
+    What it does
+        Finds a network with batch norm that is run on `torch.zeros`, `torch.randn` or the like before it is trained in
+        the same place, without `eval()` before.
+
+    Why is this bad
+        In training mode each forward is an update of the running statistics, also under `no_grad`. The dummy batch
+        enters them with a weight of 0.1, and with `momentum=None`, the cumulative average, for good; a forward on
+        zeros sets the first layer's variance toward nothing. Runs with and without the probe are not the same run.
+
+    Example
+        import torch
+        from torch import nn
+
+        model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 26 * 26, 10))
+        with torch.no_grad():
+            print(model(torch.zeros(2, 1, 28, 28)).shape)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for x, y in [(torch.randn(8, 1, 28, 28), torch.zeros(8).long())] * 100:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    Use instead
+        import torch
+        from torch import nn
+
+        model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 26 * 26, 10))
+        model.eval()
+        with torch.no_grad():
+            print(model(torch.zeros(2, 1, 28, 28)).shape)
+        model.train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for x, y in [(torch.randn(8, 1, 28, 28), torch.zeros(8).long())] * 100:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    Fix safety
+        Call `train()` again after the probe.
+
+    References
+        https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
+    """
+
+    code = "NW908"
+    name = "probing-forward-in-training-mode"
+    severity = "warning"
+    words = ("backward",)
+
+    def find(self, source: Source) -> Iterable[Found]:
+        told = set()
+        for call in source.calls:
+            name = dotted(call.func)
+            if not name or source.qual(call.func) or not call.args or source.loops_around(call):
+                continue
+            scope = source.function(call) or source.tree
+            if isinstance(scope, Function) and source.owner(call) is not None:
+                continue
+            dummies = [_is_dummy(source, argument) for argument in call.args]
+            if not all(dummies) or (scope, name) in told:
+                continue
+            known = layers(source, call.func)
+            if not known.batch_norm or known.lazy or _in_evaluation(source, call, name):
+                continue
+            if _trained_after(source, scope, call, name):
+                told.add((scope, name))
+                message = (
+                    f"{name} runs on dummy data in training mode before it is trained: its running statistics move"
+                )
+                yield Found(call, message, f"{name}.eval() before, {name}.train() after")
+
+
+def _is_dummy(source: Source, argument: ast.AST) -> bool:
+    origins = source.origins(argument)
+    return bool(origins) and all(
+        isinstance(o, ast.Call)
+        and source.qual(o.func) in DUMMY
+        and all(isinstance(a, (ast.Constant, ast.Tuple, ast.Name, ast.Attribute, ast.Starred)) for a in o.args)
+        for o in origins
+    )
+
+
+def _in_evaluation(source: Source, call: ast.Call, name: str) -> bool:
+    """Whether the network is, or may be, in evaluation mode where it is run."""
+    scope = source.function(call) or source.tree
+    modes = [
+        other
+        for other in source.calls
+        if (is_eval(other) or is_train(other))
+        and isinstance(other.func, ast.Attribute)
+        and (source.function(other) or source.tree) is scope
+        and other.lineno <= call.lineno
+    ]
+    if modes:
+        return is_eval(modes[-1]) or any(is_eval(m) for m in modes)
+    # made in evaluation mode: `model = Net().eval()`
+    bindings = source.bindings(name, call) if "." not in name else []
+    return any(is_eval(n) for b in bindings if b.kind == "value" for n in ast.walk(b.node))
+
+
+def _trained_after(source: Source, scope: Any, call: ast.Call, name: str) -> bool:
+    later = [
+        n for n in ast.walk(scope) if getattr(n, "lineno", 0) > call.lineno and source.function(n) in (scope, None)
+    ]
+    if scope is source.tree:
+        later = [n for n in later if source.function(n) is None]
+    for node in later:
+        if isinstance(node, ast.Call):
+            method = node.func.attr if isinstance(node.func, ast.Attribute) else dotted(node.func)
+            if method in RESTORES:
+                return False
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(dotted(t) == name for t in targets):
+                return False  # made anew
+    own = [n for n in later if is_backward(n)]
+    if own:
+        return any(isinstance(n, ast.Call) and dotted(n.func) == name for n in later)
+    for node in later:
+        if isinstance(node, ast.Call) and name in {dotted(a) for a in (*node.args, *(k.value for k in node.keywords))}:
+            functions = source.callees(node)
+            if functions and backward_calls(source.reached(*functions)):
+                return True
+    return False
