@@ -17,17 +17,19 @@ def net():
     return nn.Sequential(
         nn.Conv2d(1, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.Sigmoid(), nn.AvgPool2d(2),
         nn.Conv2d(6, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.Sigmoid(), nn.AvgPool2d(2), nn.Flatten(),
-        nn.Linear(48, 24, bias=False), nn.BatchNorm1d(24), nn.Sigmoid(), nn.Linear(24, 3),
+        nn.Linear(48, 24, bias=False), nn.BatchNorm1d(24), nn.Sigmoid(), nn.Linear(24, 6),
     )  # fmt: skip
 
 
 def program(lr, last):
-    x, y = images(512)
+    x, y = images(512, classes=6)
+    g = torch.Generator().manual_seed(3)
+    noisy = torch.where(torch.rand(512, generator=g) < 0.3, torch.randint(6, (512,), generator=g), y)
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    for step, (inputs, targets) in enumerate(batches(x, y, 64, 150)):
+    for step, (inputs, targets) in enumerate(batches(x, noisy, 64, 200)):
         for group in optimizer.param_groups:
-            group["lr"] = lr + (last - lr) * step / 149
+            group["lr"] = lr + (last - lr) * step / 199
         optimizer.zero_grad()
         F.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
@@ -35,7 +37,7 @@ def program(lr, last):
 
 
 def buggy():
-    return program(4.0, 4.0)
+    return program(10.0, 10.0)
 
 
 def fixed():

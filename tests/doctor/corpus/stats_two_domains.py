@@ -29,7 +29,7 @@ class Adapted(nn.Module):
 
 def program(shared):
     x, y = blobs()
-    moved = 3 * x - 12  # the same clouds, measured in another unit
+    moved = 6 * x - 60  # the same clouds, measured in another unit
     model = Adapted(shared).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 150)
