@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,12 @@ class LayerLog:
         """Whether it has a running mean."""
         return self._running("running_mean") is not None
 
+    @property
+    def finite(self) -> bool:
+        """Whether its running statistics are finite now."""
+        held = (self._running("running_mean"), self._running("running_var"))
+        return all(bool(tensor.isfinite().all()) for tensor in held if tensor is not None)
+
     def _running(self, key: str) -> Tensor | None:
         tensor = self.module._buffers.get(key)
         return tensor if isinstance(tensor, Tensor) and not torch.nn.parameter.is_lazy(tensor) else None
@@ -139,10 +145,12 @@ class Log:
         saturation: by the name of an activation module.
         ratios: by the name of a weight, `‖update‖ / ‖weight‖` of one step, one number a look.
         hooks: whether hooks of the norms were called at all; not in a compiled model.
+        now: what has happened since the last step.
     """
 
     subject: Subject
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
+    now: Step = field(default_factory=lambda: Step(0, False))
     steps: deque[Step] = field(default_factory=lambda: deque(maxlen=_KEPT))
     count: int = 0
     layers: dict[str, LayerLog] = field(default_factory=dict)
@@ -385,7 +393,7 @@ class watch:
         """Prepare for the step to come."""
         index = self.log.count
         looked = index < _LOOKS_AT_FIRST or index % _EVERY == 0
-        self._now = Step(index, looked)
+        self._now = self.log.now = Step(index, looked)
         self._first = next((layer for layer in self.log.layers.values() if layer.tracks), None)
         for sentinel in self._sentinels:
             sentinel.begin(looked and index > 0)
@@ -412,10 +420,15 @@ class watch:
             layer.weight = _sizes(layer.module)
             if layer.weight_before is None:
                 layer.weight_before = layer.weight
-        for name, p in self._weights.items():
-            self._look_at_units(name, p)
-            if name in self._before:
-                self._look_at_update(name, p, self._before[name])
+        silent = {name: _silent(p.grad) for name, p in self._weights.items() if _dense(p.grad)}
+        # where the gradients are zeroed before step() is called, all are silent, and nothing was seen
+        if not all(bool(units.all()) for units in silent.values()):
+            for name, units in silent.items():
+                found = log.units.setdefault(name, Units(0, torch.ones_like(units)))
+                found.looks += 1
+                found.silent &= units
+        for name, before in self._before.items():
+            self._look_at_update(name, self._weights[name], before)
 
     def _look_at_statistics(self, name: str, layer: LayerLog, now: Step) -> None:
         before, after = self._statistics.get(name), _statistics(layer)
@@ -427,17 +440,6 @@ class watch:
         if ran:
             layer.looks += 1
             layer.unmoved = layer.unmoved + 1 if torch.equal(before, after) else 0
-
-    def _look_at_units(self, name: str, p: Tensor) -> None:
-        if p.grad is None or p.grad.layout is not torch.strided:
-            return
-        silent = torch.linalg.vector_norm(p.grad.detach(), float("inf"), dim=tuple(range(1, p.dim()))) == 0
-        found = self.log.units.get(name)
-        if found is None or found.silent.shape != silent.shape:
-            self.log.units[name] = Units(1, silent)
-        else:
-            found.looks += 1
-            found.silent &= silent
 
     def _look_at_update(self, name: str, p: Tensor, before: Tensor) -> None:
         after = _rows(p)
@@ -571,8 +573,7 @@ class _Sentinel:
         """Before a step; with `compare`, remember the gradient that the last step has used."""
         self.count, self.carried = 0, None
         grad = self.parameter.grad
-        compare = compare and grad is not None and grad.layout is torch.strided
-        self.used = grad.detach().clone() if compare and grad is not None else None
+        self.used = grad.detach().clone() if compare and _dense(grad) else None
 
     def arrives(self, _: Tensor) -> None:
         """A gradient comes, before it is added to what is there."""
@@ -645,6 +646,15 @@ def _sizes(module: nn.Module) -> Tensor | None:
     if weight is None or torch.nn.parameter.is_lazy(weight):
         return None
     return weight.detach().abs().float().flatten().clone()
+
+
+def _dense(grad: Tensor | None) -> TypeGuard[Tensor]:
+    return grad is not None and grad.layout is torch.strided
+
+
+def _silent(grad: Tensor) -> Tensor:
+    """Of each row, whether all of it is zero."""
+    return torch.linalg.vector_norm(grad.detach(), float("inf"), dim=tuple(range(1, grad.dim()))) == 0
 
 
 def _rows(p: Tensor) -> Tensor:
