@@ -547,8 +547,8 @@ def doctor(
     if format not in FORMATS:
         raise UserError(f"--format is one of {', '.join(FORMATS)}; got {format!r}.")
     asked = Examination(
-        model, inputs, targets, loss, optimizer, loader, checkpoint, select=_codes(select), ignore=_codes(ignore),
-        fix=fix, force=force,
+        model, inputs, targets, loss, optimizer, loader, checkpoint, select=tuple(_separated(select)),
+        ignore=tuple(_separated(ignore)), fix=fix, force=force,
     )  # fmt: skip
     report = examine(asked)
     text = drawn(report, format, asked.file)
@@ -561,10 +561,6 @@ def doctor(
         typer.echo(note, err=True)
     if not report.ok:
         raise typer.Exit(1)
-
-
-def _codes(given: list[str] | None) -> tuple[str, ...]:
-    return tuple(code.strip() for text in given or () for code in text.split(","))
 
 
 @app.command()
@@ -638,7 +634,7 @@ def lint(
         list[str] | None, typer.Option(help="The same, of rules to leave out.", show_default="none")
     ] = None,
 ) -> None:
-    """Find mistakes that the source alone shows; `# noqa: NW905` on a line silences one. Exit code 1 if there are any."""
+    """Find mistakes that the source alone shows; `# noqa: NW905` silences one on its line. Exit code 1 if there are any."""
     from .doctor import lint as linter
 
     if format_ not in linter.FORMATS:

@@ -25,6 +25,9 @@ NET = build()
 def batch():
     return 3 + torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
 
+def wide():
+    return torch.randn(64, 5)
+
 def optimizer(model):
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -149,6 +152,10 @@ def test_fix_writes_the_mended_network(command, tmp_path):
         (("train.py:build", "--optimizer", "train.py:wrong"), "raised KeyError: 'no such option'"),
         (("train.py:build", "--optimizer", "train.py:build"), "raised TypeError"),
         (("train.py:build", "--checkpoint", "none.pt"), "There is no file none.pt"),
+        (
+            ("train.py:build", "--inputs", "train.py:wide"),
+            "train.py:build does not run on train.py:wide: the model rais",
+        ),
     ],
 )
 def test_what_the_user_can_mend_is_one_sentence(command, arguments, text):

@@ -18,6 +18,7 @@ from ..lab.files import atomic_write
 from ..surgery.checkpoint import named_object, read, refuse_existing, write
 from .check import all_checks
 from .diagnose import diagnose
+from .probe import CannotRun, Subject
 from .report import Report, page_markdown
 
 __all__ = ["FORMATS", "Examination", "drawn", "examine", "page_of", "pages", "write_markdown"]
@@ -79,6 +80,11 @@ def examine(asked: Examination) -> Report:
         "loader": asked.loader and _made(asked.loader, "--loader", lambda value: isinstance(value, Iterable)),
         "loss": asked.loss and _made(asked.loss, "--loss", lambda value: not inspect.isclass(value)),
     }
+    if given["inputs"] is not None or given["loader"] is not None:
+        try:  # or every check that needs a run would be left out, and CI would read that as health
+            Subject(model, given["inputs"], loader=given["loader"]).forward()
+        except CannotRun as reason:
+            raise UserError(f"{asked.model} does not run on {asked.inputs or asked.loader}: {reason}") from reason
     report = _report(asked, model, state, given)
     if asked.fix is None:
         return report
