@@ -634,7 +634,7 @@ def lint(
         list[str] | None, typer.Option(help="The same, of rules to leave out.", show_default="none")
     ] = None,
 ) -> None:
-    """Find mistakes that the source alone shows; `# noqa: NW905` silences one on its line. Exit code 1 if there are any."""
+    """Find mistakes that the source alone shows; `# noqa: NW905` silences a line. Exit code 1 if there are any."""
     from .doctor import lint as linter
 
     if format_ not in linter.FORMATS:
