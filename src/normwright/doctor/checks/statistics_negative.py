@@ -59,10 +59,10 @@ class NegativeVariance(Check):
             broken = int((var.float() + float(getattr(module, "eps", 0.0)) <= 0).sum())
             yield self.finding(
                 name,
-                f"{negative} of the {var.numel()} running variances of {subject.name(module)} are negative, the least "
-                f"{float(var.min()):.3g}; evaluation is NaN or inf in {broken} channels.",
-                help="Recalibrate, nw.recalibrate(model, loader); compute variances about the mean, and average or merge "
-                "models by their parameters only, then recalibrate.",
+                f"{negative} of the {var.numel()} running variances of {subject.name(module)} are negative, the "
+                f"least {float(var.min()):.3g}; evaluation is NaN or inf in {broken} channels.",
+                help="Recalibrate, nw.recalibrate(model, loader); compute variances about the mean, and average or "
+                "merge models by their parameters only, then recalibrate.",
                 falsify="every running variance is at least 0.",
                 numbers={"negative": negative, "least": float(var.min()), "NaN or inf channels": broken},
                 repair=repair(subject),

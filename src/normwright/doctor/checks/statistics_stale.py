@@ -43,7 +43,8 @@ class StaleStatistics(Check):
         the training loss looks right, and the test accuracy is low and jumps from epoch to epoch.
 
     Example
-        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        net = [torch.nn.Linear(8, 16, bias=False), torch.nn.BatchNorm1d(16), torch.nn.ReLU(), torch.nn.Linear(16, 4)]
+        model = torch.nn.Sequential(*net)
         inputs = torch.randn(256, 8)
         for _ in range(400):
             model(inputs + 0.1 * torch.randn(256, 8))
@@ -51,7 +52,8 @@ class StaleStatistics(Check):
         model.eval()
 
     Use instead
-        model = torch.nn.Sequential(torch.nn.Linear(8, 16, bias=False), torch.nn.BatchNorm1d(16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        net = [torch.nn.Linear(8, 16, bias=False), torch.nn.BatchNorm1d(16), torch.nn.ReLU(), torch.nn.Linear(16, 4)]
+        model = torch.nn.Sequential(*net)
         inputs = torch.randn(256, 8)
         for _ in range(400):
             model(inputs + 0.1 * torch.randn(256, 8))
@@ -93,7 +95,8 @@ class StaleStatistics(Check):
             return
         if found.before is not None and (found.share < LEAST_GAIN or found.sure < 3):
             return
-        if found.right_before is not None and found.right_after - found.right_before < LEAST_POINTS:  # type: ignore[operator]
+        points = None if found.right_before is None else (found.right_after or 0.0) - found.right_before
+        if points is not None and points < LEAST_POINTS:
             return
         if early and found.before is not None and found.share < 0.5:
             return
@@ -101,12 +104,12 @@ class StaleStatistics(Check):
         also = f"; {len(names) - 1} later layers are off too" if len(names) > 1 else ""
         yield self.finding(
             names,
-            f"the running statistics of {subject.name(first)} are {far[first]:.2g} deviations from its input's (root mean "
-            f"square over channels, less three standard errors){also}: {found}.",
-            help="Recalibrate before evaluating, nw.recalibrate(model, loader), or lower the learning rate at the end of "
-            "training; look for a forward in training mode on data that are not training's.",
-            falsify="inputs or loader are not like the data that the model is evaluated on, or recalibration on a second "
-            "sample of them gains nothing.",
+            f"the running statistics of {subject.name(first)} are {far[first]:.2g} deviations from its input's (root "
+            f"mean square over channels, less three standard errors){also}: {found}.",
+            help="Recalibrate before evaluating, nw.recalibrate(model, loader), or lower the learning rate at the end "
+            "of training; look for a forward in training mode on data that are not training's.",
+            falsify="inputs or loader are not like the data that the model is evaluated on, or recalibration on a "
+            "second sample of them gains nothing.",
             numbers={"off by, sd": far[first], "updates": counter(first), **found.numbers},
             repair=repair(subject),
             # without a loss nobody has shown that these data are the right ones, unless they are the training data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from ...lab.errors import UserError
+from ...surgery.checkpoint import read
 from ..check import Check, Finding
 from ..moments import Moments, counter, gain, momentum, names_below, off, repair, traces, untouched
 from ..probe import CannotRun, Subject
@@ -98,7 +101,7 @@ class UntouchedStatistics(Check):
             yield self._finding(subject, {name: found[name] for name in far}, far, change)
 
     def _finding(self, subject: Subject, found: Mapping[str, str], far: Mapping[str, float], change: Any) -> Finding:
-        names = tuple(found)
+        names = list(found)
         first = subject.name(subject.modules[names[0]])
         also = f" (so are those of {len(names) - 1} more layers)" if len(names) > 1 else ""
         measured = f"; its input is {far[names[0]]:.2g} deviations away" if far else ""
@@ -151,8 +154,13 @@ def in_checkpoint(subject: Subject, name: str) -> str:
     if subject.checkpoint is None:
         return ""
     checkpoint = subject.checkpoint
+    if isinstance(checkpoint, (str, os.PathLike)):
+        try:
+            checkpoint = read(os.fspath(checkpoint)).state
+        except UserError as error:
+            raise CannotRun(f"the checkpoint cannot be read: {error}") from error
     if not isinstance(checkpoint, Mapping):
-        checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        return ""
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
