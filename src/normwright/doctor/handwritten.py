@@ -270,16 +270,9 @@ class HandWritten:
             for statistic in _statistics(trials[0][0], axis):
                 fits = []
                 for step in range(2):
-                    old, stat, new = (
-                        torch.cat(parts)
-                        for parts in zip(
-                            *(
-                                (s[step][0][label].flatten(), _statistics(x, axis)[statistic], s[step][1][label].flatten())
-                                for x, s in trials
-                            ),
-                            strict=True,
-                        )
-                    )  # fmt: skip
+                    old = torch.cat([steps[step][0][label].flatten() for _, steps in trials])
+                    new = torch.cat([steps[step][1][label].flatten() for _, steps in trials])
+                    stat = torch.cat([_statistics(x, axis)[statistic] for x, _ in trials])
                     table = torch.stack([old, stat], 1)
                     solution = torch.linalg.lstsq(table, new[:, None]).solution
                     misfit = float((table @ solution - new[:, None]).norm() / new.norm().clamp_min(1e-300))
@@ -357,19 +350,25 @@ class HandWritten:
             return None
         if eps is None or len(weighs) != 1 or not 2 <= self.x.dim() <= 5 or len(self.moved) != 2:
             return None
-        gain, offset = self._parameter(way.gain), self._parameter(way.offset)
-        if gain is None or offset is None or any(True for _ in tensors_in((self.args, dict(self.kwargs)))):
+        if any(True for _ in tensors_in((self.args, dict(self.kwargs)))):
             return None
         cls = (twins.BatchNorm1d, twins.BatchNorm1d, twins.BatchNorm2d, twins.BatchNorm3d)[self.x.dim() - 2]
-        new = cls(self.x.shape[1], eps=eps, momentum=weighs.pop()).to(gain.device)
+        learned = [
+            t.value for label, t in held(self.module).items() if t.kind == "parameter" and label not in self.roles
+        ]
+        new: Any = cls(self.x.shape[1], eps=eps, momentum=weighs.pop(), affine=bool(learned)).to(mean.device)
+        values = [(new.running_mean, mean), (new.running_var, variance)]
+        if learned:
+            for target, measured in ((new.weight, way.gain), (new.bias, way.offset)):
+                if (source := _alike(learned, measured)) is None:
+                    return None
+                values.append((target, source))
+                target.requires_grad_(source.requires_grad)
+            new.to(learned[0].dtype)
         with torch.no_grad():
-            for target, value in (
-                (new.weight, gain), (new.bias, offset), (new.running_mean, mean), (new.running_var, variance),
-            ):  # fmt: skip
-                target.copy_(value.detach().flatten())
-        new.to(gain.dtype).train(self.module.training)
-        for parameter, old in ((new.weight, gain), (new.bias, offset)):
-            parameter.requires_grad_(old.requires_grad)
+            for target, source in values:
+                target.copy_(source.detach().flatten())
+        new.train(self.module.training)
         for training in (True, False):
             mine, its = (
                 self.play(module, self.x, training=training).detach().double()
@@ -379,14 +378,14 @@ class HandWritten:
                 return None
         return new
 
-    def _parameter(self, measured: Tensor) -> Tensor | None:
-        """The parameter with the measured values; ones or zeros where the module has no parameters at all."""
-        parameters = [one.value for one in held(self.module).values() if one.kind == "parameter"]
-        for parameter in parameters:
-            same = parameter.numel() == measured.numel()
-            if same and torch.allclose(parameter.detach().double().flatten(), measured.flatten(), 1e-2, 1e-3):
-                return parameter
-        return None
+
+def _alike(parameters: list[Tensor], measured: Tensor) -> Tensor | None:
+    """The parameter that has the measured values."""
+    for parameter in parameters:
+        same = parameter.numel() == measured.numel()
+        if same and torch.allclose(parameter.detach().double().flatten(), measured.flatten(), 1e-2, 1e-3):
+            return parameter
+    return None
 
 
 def _without_leaves(module: nn.Module) -> list[Held]:
@@ -439,7 +438,7 @@ def _fit(
     center: bool,
     power: float,
 ) -> Way:
-    """Gain and offset with which this way explains the outputs best, and what it leaves unexplained of their deviation."""
+    """Gain and offset with which this way explains the outputs best, and the unexplained share of their deviation."""
     hats, outs = [], []
     for x, y in pairs:
         u = x.unflatten(1, (groups, -1)) if name == "GroupNorm" else x

@@ -80,8 +80,8 @@ class AveragingCoefficient(Check):
             one, (role, what, severity, help) = group[0]
             yield self.finding(
                 (other.name for other, _ in group),
-                f"{subject.name(one.module)}: {role.label} becomes {role.keep:.4g} of its old value and {role.weigh:.4g} "
-                f"of the batch's {role.statistic}: {what}.",
+                f"{subject.name(one.module)}: {role.label} becomes {role.keep:.4g} of its old value and "
+                f"{role.weigh:.4g} of the batch's {role.statistic}: {what}.",
                 severity=severity,
                 falsify="With statistics set to known values, one training forward moves them by a small part, and the "
                 "two weights add up to 1.",
@@ -104,8 +104,8 @@ def _wrong(one: HandWritten) -> tuple[Role, str, str, str] | None:
         if _FAST < role.weigh < _ALL:
             what = f"evaluation will use {role.weigh:.0%} the last batch alone"
             help = (
-                f"Torch's momentum weighs the new batch, others' the old: if {role.weigh:.3g} was meant as the weight of "
-                f"the old, use {1 - role.weigh:.3g} here."
+                f"Torch's momentum weighs the new batch, others' the old: if {role.weigh:.3g} was meant as the "
+                f"weight of the old, use {1 - role.weigh:.3g} here."
             )
             return role, what, "warning", help
     weighs = [role for role in one.roles.values() if role.steady]

@@ -53,9 +53,10 @@ class CheckpointStatistics(Check):
         if not state.keys() & own.keys():
             yield self.finding(
                 (),
-                f"none of the checkpoint's {len(state)} keys is one of the model's {len(own)} ({min(state)!r} is not like "
-                f"{min(own)!r}): with strict=False nothing is loaded.",
-                help="Give the keys the model's names, usually by removing or adding a prefix, and load with strict=True.",
+                f"none of the checkpoint's {len(state)} keys is one of the model's {len(own)} ({min(state)!r} is "
+                f"not like {min(own)!r}): with strict=False nothing is loaded.",
+                help="Give the keys the model's names, usually by removing or adding a prefix, and load with "
+                "strict=True.",
                 falsify="model.load_state_dict(checkpoint) does not raise.",
                 numbers={"keys in common": 0},
             )
@@ -73,9 +74,8 @@ class CheckpointStatistics(Check):
             fresh = _fresh(norm)
             if weight in state and not any(key in state for key in keys) and (fresh or not same):
                 missing.append(name)
-            elif all(key in state for key in keys) and same and fresh:
-                if not all(_equal(state[key], own[key]) for key in keys):
-                    unloaded.append(name)
+            elif same and fresh and any(key in state and not _equal(state[key], own[key]) for key in keys):
+                unloaded.append(name)
         for names, what in (
             (missing, "has weights in the checkpoint and no running statistics"),
             (unloaded, "has the checkpoint's weights, but mean 0 and variance 1 where the checkpoint has statistics"),
@@ -85,8 +85,8 @@ class CheckpointStatistics(Check):
                 yield self.finding(
                     names,
                     f"{shown(names[0])} {what}{others}: evaluation is of another network than was trained.",
-                    help="Load a whole state_dict with strict=True; where the statistics are lost, nw.recalibrate(model, "
-                    "loader) measures them anew.",
+                    help="Load a whole state_dict with strict=True; where the statistics are lost, "
+                    "nw.recalibrate(model, loader) measures them anew.",
                     falsify="Right after loading, every running_mean equals the one in the training run.",
                     numbers={"layers": len(names)},
                     repair=_recalibration(subject),

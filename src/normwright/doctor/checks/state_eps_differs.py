@@ -69,7 +69,8 @@ class EpsDiffers(Check):
                         name,
                         f"{subject.name(norm)}: eps is {norm.eps:g} where {count} of {len(norms)} such layers have "
                         f"{common:g}; with that its outputs would move by {effect:.1%} of their deviation.",
-                        help="If this is not meant, set eps to that of the other layers, or of the checkpoint's source.",
+                        help="If this is not meant, set eps to that of the other layers, or of the checkpoint's "
+                        "source.",
                         falsify="The code that trained the checkpoint has this eps in this layer.",
                         numbers={"eps": norm.eps, "eps of the others": common, "output difference": effect},
                     )

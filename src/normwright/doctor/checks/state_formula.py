@@ -79,8 +79,8 @@ def _wrong(one: HandWritten) -> tuple[str, dict[str, float], str, str] | None:
     if way.power in _POWERS:
         numbers = {"power of the variance in the divisor": way.power, "misfit": way.residual}
         what = (
-            f"it divides by {_POWERS[way.power]}: at inputs 4 times as large, outputs are {4 ** (1 - 2 * way.power):.3g} "
-            "times as large, where a normalization gives the same ones"
+            f"it divides by {_POWERS[way.power]}: at inputs 4 times as large, outputs are "
+            f"{4 ** (1 - 2 * way.power):.3g} times as large, where a normalization gives the same ones"
         )
         return what, numbers, "error", "Divide by torch.sqrt(var + eps), or multiply by torch.rsqrt(var + eps)."
     if not way.name.startswith("BatchNorm") or not one.roles:

@@ -77,7 +77,8 @@ class GradModeAsTrainingMode(Check):
             one, (training, evaluation) = group[0]
             yield self.finding(
                 (other.name for other, _ in group),
-                f"{subject.name(one.module)}: with gradients on or off its output differs by {training:.3g} deviations in "
+                f"{subject.name(one.module)}: with gradients on or off its output differs by {training:.3g} "
+                "deviations in "
                 f"training mode and {evaluation:.3g} in evaluation mode, where only the mode may decide.",
                 falsify="At the same mode, input and random state the outputs are equal with gradients on and off.",
                 numbers={"difference in training mode": training, "difference in evaluation mode": evaluation},
@@ -86,7 +87,7 @@ class GradModeAsTrainingMode(Check):
 
 
 def _apart(one: HandWritten) -> tuple[float, float]:
-    """How far outputs with gradients on and off are apart, in training and at evaluation, in deviations of the output."""
+    """How far outputs with gradients on and off are apart, in training and at evaluation, in deviations."""
     found = []
     for training in (True, False):
         on, off = (

@@ -72,8 +72,8 @@ class StatisticsKeepGraph(Check):
             one, (labels, counts) = group[0]
             yield self.finding(
                 (other.name for other, _ in group),
-                f"{subject.name(one.module)}: {' and '.join(labels)} hold {counts[0]}, {counts[1]} and {counts[2]} graph "
-                "nodes after 1, 2 and 4 training forwards: no forward's memory is ever freed.",
+                f"{subject.name(one.module)}: {' and '.join(labels)} hold {counts[0]}, {counts[1]} and {counts[2]} "
+                "graph nodes after 1, 2 and 4 training forwards: no forward's memory is ever freed.",
                 falsify="The statistics have requires_grad False after a training forward.",
                 numbers={"nodes after 1 forward": counts[0], "after 2": counts[1], "after 4": counts[2]},
                 **mending(

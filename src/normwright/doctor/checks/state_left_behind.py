@@ -72,8 +72,8 @@ class StatisticsLeftBehind(Check):
                 **mending(
                     subject,
                     one,
-                    f"Register them: self.register_buffer({labels[0]!r}, torch.zeros(…)); buffers follow .to() and need "
-                    "no device test in forward.",
+                    f"Register them: self.register_buffer({labels[0]!r}, torch.zeros(…)); buffers follow .to() "
+                    "and need no device test in forward.",
                 ),
             )
 

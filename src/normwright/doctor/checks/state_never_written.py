@@ -63,7 +63,8 @@ class StatisticsNeverWritten(Check):
             label = next(iter(labels))
             yield self.finding(
                 (other.name for other, _ in group),
-                f"{subject.name(one.module)}: training normalizes by the batch and leaves {' and '.join(labels)} as they "
+                f"{subject.name(one.module)}: training normalizes by the batch and leaves {' and '.join(labels)} "
+                "as they "
                 f"are, and evaluation uses them: 1 more in {label} changes its outputs by {labels[label]:.3g}.",
                 help=f"Write into the tensor: self.{label}.lerp_(statistic.detach(), 0.1), under torch.no_grad().",
                 falsify="They have other values after one forward in training mode.",

@@ -74,8 +74,8 @@ class StatisticsOutsideStateDict(Check):
             one, (labels, difference) = group[0]
             yield self.finding(
                 (other.name for other, _ in group),
-                f"{subject.name(one.module)}: {' and '.join(labels)} are moved by training and used at evaluation, but a "
-                f"copy that loads the state_dict keeps its own: outputs differ by {difference:.3g}.",
+                f"{subject.name(one.module)}: {' and '.join(labels)} are moved by training and used at evaluation, "
+                f"but a copy that loads the state_dict keeps its own: outputs differ by {difference:.3g}.",
                 falsify="A layer with other values there gives equal outputs after load_state_dict.",
                 numbers={"output difference after load_state_dict": difference, "tensors": labels},
                 **mending(

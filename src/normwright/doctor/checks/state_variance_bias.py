@@ -21,8 +21,8 @@ class VarianceBias(Check):
         100 on the inputs given.
 
     Why is this bad
-        With few values per channel the layer and torch's differ by n / (n − 1) in the variance, which shows when weights
-        are carried from one to the other. Keras, JAX and most books average n, and that is a convention, not a mistake;
+        With few values per channel the layer and torch's differ by n / (n − 1) in the variance, which shows when
+        weights are carried from one to the other. Keras, JAX and most books average n, and that is a convention, not a mistake;
         `x.var()` and `x.std()` in torch divide by n − 1 unless told otherwise, which often is one.
 
     Example
@@ -60,8 +60,8 @@ class VarianceBias(Check):
             one, (what, count) = group[0]
             yield self.finding(
                 (other.name for other, _ in group),
-                f"{subject.name(one.module)}: {what}, which over {count} values is {count / (count - 1) - 1:.1%} in the "
-                "variance from torch's layer.",
+                f"{subject.name(one.module)}: {what}, which over {count} values is {count / (count - 1) - 1:.1%} "
+                "in the variance from torch's layer.",
                 help="If torch's results are wanted: x.var(…, correction=0) to normalize, correction=1 for the moving "
                 "variance.",
                 falsify="The layer and torch's, with the same parameters and statistics, agree to rounding.",

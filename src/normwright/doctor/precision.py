@@ -1,0 +1,65 @@
+"""One normalization layer alone, in the type that it runs in and in float64, on the input that it met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..surgery.modules import copied
+from .handwritten import HandWritten, handwritten
+from .probe import NormCall, Subject
+
+__all__ = ["Alone", "alone"]
+
+
+@dataclass(frozen=True, eq=False)
+class Alone:
+    """A layer with the input that it met in training, and its outputs on that or on another input.
+
+    Arguments:
+        name: qualified; `module`: the model's own, never run here; `x`: what it met.
+        hand: the hand-written norm, or None for one of torch's, timm's or this package's.
+        play: `play(x, dtype, training)`, the output of a copy in `dtype`, or in its own type for None.
+    """
+
+    name: str
+    module: nn.Module
+    x: Tensor
+    hand: HandWritten | None
+    play: Callable[[Tensor, torch.dtype | None, bool], Tensor]
+
+
+def alone(subject: Subject) -> Iterator[Alone]:
+    """Every normalization layer that the inputs reach, hand-written ones too, each by its first call in training."""
+    seen: set[nn.Module] = set()
+    for call in subject.forward(training=True).calls:
+        if call.module not in seen and call.x.is_floating_point():
+            seen.add(call.module)
+            yield Alone(call.name, call.module, call.x, None, _known(call))
+    for one in handwritten(subject):
+        if one.way is not None and one.module not in seen:
+            yield Alone(one.name, one.module, one.x, one, _hand(one))
+
+
+def _known(call: NormCall) -> Callable[[Tensor, torch.dtype | None, bool], Tensor]:
+    def play(x: Tensor, dtype: torch.dtype | None, training: bool) -> Tensor:
+        module = copied(call.module, "diagnose")
+        if dtype is not None:
+            module, x = module.to(dtype), x.to(dtype)
+        for part in module.modules():
+            part.training = training
+        with torch.no_grad():
+            return module(x.clone(), **call.kwargs)
+
+    return play
+
+
+def _hand(one: HandWritten) -> Callable[[Tensor, torch.dtype | None, bool], Tensor]:
+    def play(x: Tensor, dtype: torch.dtype | None, training: bool) -> Tensor:
+        x = x if dtype is None else x.to(dtype)
+        return one.play(one.copy(dtype), x, training=training).detach()
+
+    return play
