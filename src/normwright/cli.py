@@ -538,6 +538,9 @@ def doctor(
             show_default=False,
         ),
     ] = None,
+    unsafe: Annotated[
+        bool, typer.Option("--unsafe", help="With --fix, mend also what is fixable on request only.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Write over the file of --fix.")] = False,
 ) -> None:
     """Examine a network's normalization. Exit code 1 if there is an error or a warning, 2 if it could not be run."""
@@ -548,7 +551,7 @@ def doctor(
         raise UserError(f"--format is one of {', '.join(FORMATS)}; got {format!r}.")
     asked = Examination(
         model, inputs, targets, loss, optimizer, loader, checkpoint, select=tuple(_separated(select)),
-        ignore=tuple(_separated(ignore)), fix=fix, force=force,
+        ignore=tuple(_separated(ignore)), fix=fix, unsafe=unsafe, force=force,
     )  # fmt: skip
     report = examine(asked)
     text = drawn(report, format, asked.file)

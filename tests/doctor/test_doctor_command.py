@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partialmethod
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_files_in_every_format(command, tmp_path):
             assert text.startswith("<!doctype html>")
 
 
-def test_fix_writes_the_mended_network(command, tmp_path):
+def test_fix_writes_the_mended_network(command, tmp_path, monkeypatch):
     arguments = ("doctor", "train.py:build", "--inputs", "train.py:batch", "--fix", "fixed.pt")
     code, printed, error = command(*arguments, "--select", "NWX01")
     assert code == 0
@@ -138,7 +139,10 @@ def test_fix_writes_the_mended_network(command, tmp_path):
     code, _, error = command(*arguments)
     assert code == 2
     assert "fixed.pt" in error
-    assert command(*arguments, "--force")[0] == 0
+    monkeypatch.setattr(Untouched, "finding", partialmethod(Untouched.finding, safe=False))
+    code, _, error = command(*arguments, "--force")
+    assert (code, "Mended" in error) == (1, False)
+    assert command(*arguments, "--force", "--unsafe")[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -126,11 +126,11 @@ def test_text(checks, inputs):
         "help: Drop them."
     )
     assert "NWX01 [fixable] warning: 3 was never updated.\n  --> 3 (untouched)\n" in text
-    assert "measured: largest_mean 0, values [1, inf]" in text
-    assert "NWX03 [fixable, not unasked] advice: 1 is a batch norm." in text
+    assert "measured: largest_mean 0; values [1, inf]" in text
+    assert "NWX03 [fixable on request] advice: 1 is a batch norm." in text
     assert blocks[-1].splitlines() == [
-        "Found 1 error, 1 warning, 2 advice (4 fixable, 2 not unasked); 1 finding marked as intended; 1 check could "
-        "not run.",
+        "Found 1 error, 1 warning, 2 advice (4 fixable, 2 of them on request); 1 finding marked as intended; "
+        "1 check could not run.",
         "  intended: NWX01 untouched at 1: it is new",
         "  not run, it needs loader: NWX05 needs-loader",
     ]
@@ -282,7 +282,7 @@ def test_html_holds_what_the_text_holds(checks, inputs):
     markup = re.sub(r"\s+", " ", re.sub(r"<style.*?</style>|<[^>]+>", " ", report.to_html(), flags=re.S))
     for expected in (
         report.summary(), "NWX01", "3 was never updated.", "largest_mean 0", "Recalibrate.", "a variance other than 1",
-        "fixable, not unasked", "NWX01 untouched at 1: it is new", "it needs loader: NWX05 needs-loader",
+        "fixable on request", "NWX01 untouched at 1: it is new", "it needs loader: NWX05 needs-loader",
         "mended: absorb_bias", "no measurement", "Evaluation is wrong.",
     ):  # fmt: skip
         assert expected in markup, expected

@@ -39,6 +39,7 @@ class Examination:
         checkpoint: a file with the state dict that the network is used with.
         select, ignore: codes or their beginnings.
         fix: the file to write the mended network's state dict to; None mends nothing.
+        unsafe: mend also by operations that change more than what is at fault.
         force: write over `fix`.
     """
 
@@ -52,6 +53,7 @@ class Examination:
     select: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     fix: Path | None = None
+    unsafe: bool = False
     force: bool = False
     notes: list[str] = field(default_factory=list, compare=False)  # sentences for the user, filled by `examine`
 
@@ -88,7 +90,7 @@ def examine(asked: Examination) -> Report:
     report = _report(asked, model, state, given)
     if asked.fix is None:
         return report
-    receipts = report.fix()
+    receipts = report.fix(safe_only=not asked.unsafe)
     asked.notes.extend(f"Mended: {repr(r)[len('<Receipt of ') : -1]}." for r in receipts)
     asked.notes.extend(f"Not mended, {item.finding.code}: {item.why}" for item in report.unfixed)
     mended = report.model

@@ -140,7 +140,9 @@ class Report:
             text = "Found " + ", ".join(_count(n, word) for word, n in counts.items() if n)
             fixable, unasked = sum(_mends(f) for f in self.findings), sum(_mends(f, True) for f in self.findings)
             if fixable:
-                text += f" ({fixable} fixable{f', {fixable - unasked} not unasked' if fixable > unasked else ''})"
+                text += (
+                    f" ({fixable} fixable{f', {fixable - unasked} of them on request' if fixable > unasked else ''})"
+                )
         else:
             text = "Found no fault" + (f" by {_count(len(self.ran), 'check')}" if self.ran else "")
         if self.intended:
@@ -281,9 +283,9 @@ def _places(where: tuple[str, ...]) -> str:
 
 def _block(finding: Finding) -> str:
     """A finding in ruff's shape: code, mark and message; the place; the evidence; the help."""
-    mark = "" if finding.repair is None else " [fixable]" if finding.safe else " [fixable, not unasked]"
+    mark = "" if finding.repair is None else " [fixable]" if finding.safe else " [fixable on request]"
     evidence = finding.evidence if finding.evidence != "advice" else "no measurement"
-    numbers = ", ".join(f"{key} {_number(value)}" for key, value in finding.numbers.items())
+    numbers = "; ".join(f"{key} {_number(value)}" for key, value in finding.numbers.items())
     return "\n".join(
         [
             f"{finding.code}{mark} {finding.severity}: {finding.message}",
