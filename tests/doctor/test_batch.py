@@ -31,7 +31,7 @@ def cnn(norm=nn.BatchNorm2d):
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norm(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-# ------------------------------------------------------------------------------------------------- NW201, one value
+# ----------------------------------------------------------------------------------------------------- NW201, one value
 
 
 def test_a_single_sample_makes_torchs_batch_norm_raise():
@@ -118,7 +118,7 @@ def test_the_norm_before_the_fault_is_not_named():
     assert finding.where == ("3",)
 
 
-# ------------------------------------------------------------------------------------------------- NW202, few values
+# ---------------------------------------------------------------------------------------------------- NW202, few values
 
 
 def test_few_values_are_counted_with_places_and_over_the_layers():
@@ -163,10 +163,15 @@ def test_style_transfer_on_one_large_image_is_silent():
     assert codes(cnn(), torch.randn(1, 3, 32, 32)) == []
 
 
-def test_an_evaluated_model_with_its_optimizer_is_trained():
+def test_an_evaluated_model_is_trained_where_its_loader_shows_it():
     model = mlp().eval()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    assert codes(model, torch.randn(4, 4), optimizer=optimizer) == ["NW202"]
+    small = [torch.randn(4, 4) for _ in range(4)]
+    assert codes(model, loader=small, optimizer=optimizer) == ["NW202"]
+    assert codes(model, loader=loader_of(64, 4, shuffle=True)) == ["NW202"]
+    # a small probe, or a loader for evaluation, says nothing
+    assert codes(model, torch.randn(1, 4), optimizer=optimizer) == []
+    assert codes(model, loader=loader_of(64, 4)) == []
 
 
 def test_a_mark_hides_its_own_layer_only():
@@ -224,7 +229,7 @@ def test_reading_the_last_batch_draws_nothing():
     assert torch.equal(generator.get_state(), state)
 
 
-# ----------------------------------------------------------------------------------------------- NW205, correlated batches
+# -------------------------------------------------------------------------------------------- NW205, correlated batches
 
 
 def classes(samples=512, kinds=8):
@@ -277,7 +282,7 @@ def test_correlated_traps():
     assert codes(frozen, loader=DataLoader(data, batch_size=32)) == []
 
 
-# ------------------------------------------------------------------------------------------------ NW206, several processes
+# --------------------------------------------------------------------------------------------- NW206, several processes
 
 
 @pytest.fixture
@@ -306,7 +311,7 @@ def test_processes_traps(four_processes):
     assert "NW206" not in codes(mlp(norm=nw.SyncBatchNorm), torch.randn(6, 4))
 
 
-# -------------------------------------------------------------------------------------------- NW207 and NW208, group norm
+# ------------------------------------------------------------------------------------------ NW207 and NW208, group norm
 
 
 def test_one_element_a_group():

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils.data import RandomSampler
 
 from ..catalog import CATALOG
 from ..layers.norm import GhostBatchNorm
@@ -35,6 +36,13 @@ __all__ = [
 # With 16 values the mean of a batch is off by a quarter of a standard deviation and its deviation by 18 %; ImageNet
 # errors rise measurably from there down (Wu & He 2018, figure 5).
 ENOUGH = 16
+
+
+class _Named(Protocol):
+    name: str
+
+
+_Call = TypeVar("_Call", bound=_Named)
 
 
 @dataclass
@@ -76,8 +84,13 @@ class Meeting:
 
 
 def trained(subject: Subject) -> bool:
-    """Whether this model is being trained: it is in training mode, or was given with its optimizer."""
-    return subject.model.training or subject.optimizer is not None
+    """Whether this model is being trained: it is in training mode, or the loader shows that it will be.
+
+    In evaluation mode the inputs say nothing of training's batches; a loader that shuffles does, and one that comes
+    with the optimizer.
+    """
+    shuffles = isinstance(getattr(subject.loader, "sampler", None), RandomSampler)
+    return subject.model.training or shuffles or (subject.loader is not None and subject.optimizer is not None)
 
 
 def training_batch(subject: Subject) -> Any:
@@ -88,9 +101,9 @@ def training_batch(subject: Subject) -> Any:
 
 @contextmanager
 def training_modes(subject: Subject) -> Iterator[nn.Module]:
-    """An experiment in the modes of training: as they are if the model trains, else what its own `train()` sets."""
+    """An experiment in the modes as they are, or in those that `train()` sets for a model that is yet to be trained."""
     with subject.experiment() as model:
-        if not model.training:
+        if trained(subject) and not model.training:
             model.train()
         yield model
 
@@ -189,9 +202,9 @@ def total_count(meeting: Meeting) -> int | None:
     return None if count is None else count * (world_size() if synchronized(meeting.module) else 1)
 
 
-def by_mark(subject: Subject, code: str, found: list[Meeting]) -> list[list[Meeting]]:
+def by_mark(subject: Subject, code: str, found: list[_Call]) -> list[list[_Call]]:
     """Split what one finding names by the reason with which it is marked as meant, so that marks hide no others."""
-    groups: dict[str, list[Meeting]] = {}
+    groups: dict[str, list[_Call]] = {}
     for meeting in found:
         parts = meeting.name.split(".")
         around = [".".join(parts[:end]) for end in range(len(parts), -1, -1)]

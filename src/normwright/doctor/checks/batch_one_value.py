@@ -6,7 +6,7 @@ from torch import nn
 
 from ..check import Check, Finding
 from ..probe import Subject
-from ..values import Meeting, by_mark, meetings, require_calls, total_count, unmoved, uses_batch
+from ..values import Meeting, by_mark, meetings, require_calls, total_count, training_modes, unmoved, uses_batch
 
 __all__ = ["OneValuePerStatistic"]
 
@@ -77,5 +77,7 @@ class OneValuePerStatistic(Check):
         module = meeting.module
         # what an RMS norm leaves of one value is its sign; group norms are another check's
         centred = not isinstance(module, nn.RMSNorm | nn.GroupNorm)
-        learns_from_batch = isinstance(module, nn.LayerNorm) or uses_batch(module)
-        return centred and learns_from_batch and total_count(meeting) == 1
+        if not centred or total_count(meeting) != 1:
+            return False
+        with training_modes(subject):
+            return isinstance(module, nn.LayerNorm) or uses_batch(module)

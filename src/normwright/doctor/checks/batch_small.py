@@ -32,7 +32,7 @@ class FewValuesPerStatistic(Check):
     What it does
         Runs a step of training, on the loader's first batch where there is a loader, and counts the values of each
         statistic of the batch norms that normalize by the batch: N·H·W, over all processes. Fewer than 16 is few. Norms
-        that are frozen, and models that are in evaluation mode and come without an optimizer, are not looked at.
+        that are frozen, and models in evaluation mode whose loader is not that of training, are not looked at.
 
     Why is this bad
         The mean of n values is off by 1/√n of a deviation: a quarter for 16. That noise is in every training output,
