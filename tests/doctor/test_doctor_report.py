@@ -144,6 +144,24 @@ def test_text_of_nothing(checks, inputs):
     assert str(report) == "Found no fault by 2 checks."
 
 
+def test_a_check_that_raises_is_reported_and_the_others_run(checks, inputs):
+    class Broken(Check):
+        """A check that breaks."""
+
+        code, name, severity, evidence = "NWX00", "broken", "error", "measured"
+
+        def find(self, subject):
+            subject.model[1].running_mean.add_(1)
+            raise KeyError("no such thing")
+
+    checks(Broken, IdleBias)
+    model = network()
+    report = nw.diagnose(model, inputs)
+    assert report.not_run == [NotRun("NWX00", "broken", "it raised KeyError: 'no such thing'")]
+    assert report.ran == ["NWX02"]
+    assert bool((model[1].running_mean == 0).all())
+
+
 def test_json(checks, inputs):
     found = nw.diagnose(network(), inputs).to_json()
     assert json.loads(json.dumps(found, allow_nan=False)) == found

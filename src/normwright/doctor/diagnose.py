@@ -73,6 +73,8 @@ def diagnose(
     report = Report(type(subject.model).__name__, model=model)
     with preserved(subject.model):
         for check in chosen(select, ignore):
+            if check.find is Check.find:  # it watches training
+                continue
             missing = [need for need in check.needs if not subject.has(need)]
             if missing:
                 report.not_run.append(NotRun(check.code, check.name, f"it needs {' and '.join(missing)}"))
@@ -81,6 +83,10 @@ def diagnose(
                 found = [_verifiable(finding, subject) for finding in check().find(subject)]
             except CannotRun as reason:
                 report.not_run.append(NotRun(check.code, check.name, str(reason)))
+                continue
+            except Exception as error:  # most often of the loss, on what a check made of the output
+                text = " ".join(str(error).split())
+                report.not_run.append(NotRun(check.code, check.name, f"it raised {type(error).__name__}: {text:.200}"))
                 continue
             report.ran.append(check.code)
             for finding in found:

@@ -72,7 +72,9 @@ def findings(program: Callable[[], Any]) -> list[Found]:
         if isinstance(made, str):
             return linted(made)
         report = nw.diagnose(**made) if isinstance(made, dict) else made
-    return [Found(f.code, f.severity, ", ".join(f.where), f.message) for f in report.findings]
+    found = [Found(f.code, f.severity, ", ".join(f.where), f.message) for f in report.findings]
+    # a check that broke is as bad as a false alarm
+    return found + [Found("broken", "error", c.code, c.why) for c in report.not_run if c.why.startswith("it raised")]
 
 
 def linted(source: str) -> list[Found]:
