@@ -234,6 +234,7 @@ class watch:
             layer.weight_before = layer.weight = _sizes(module)
             if layer.tracks or layer.weight is not None:
                 self.log.layers[name] = layer
+        self._first = next((layer for layer in self.log.layers.values() if layer.tracks), None)
         # hooks within a fused block turn its fusion off, and so are there for the looks only
         self._fused = any(_is_fused(module) for module in root.modules())
         with ExitStack() as stack:
@@ -283,7 +284,8 @@ class watch:
             return
         self._root_grad = torch.is_grad_enabled()
         if self._root_grad:
-            self._root_input_grad = any(t.requires_grad for t in tensors_in((args, kwargs)))
+            if self._now.looked:
+                self._root_input_grad = any(t.requires_grad for t in tensors_in((args, kwargs)))
             self._now.forwards += torch._C._current_graph_task_id() == -1
         elif self.model.training:
             self._now.unrecorded += 1
@@ -394,7 +396,6 @@ class watch:
         index = self.log.count
         looked = index < _LOOKS_AT_FIRST or index % _EVERY == 0
         self._now = self.log.now = Step(index, looked)
-        self._first = next((layer for layer in self.log.layers.values() if layer.tracks), None)
         for sentinel in self._sentinels:
             sentinel.begin(looked and index > 0)
         if not looked and self._fused:
@@ -420,13 +421,10 @@ class watch:
             layer.weight = _sizes(layer.module)
             if layer.weight_before is None:
                 layer.weight_before = layer.weight
-        silent = {name: _silent(p.grad) for name, p in self._weights.items() if _dense(p.grad)}
-        # where the gradients are zeroed before step() is called, all are silent, and nothing was seen
-        if not all(bool(units.all()) for units in silent.values()):
-            for name, units in silent.items():
-                found = log.units.setdefault(name, Units(0, torch.ones_like(units)))
-                found.looks += 1
-                found.silent &= units
+        # where the gradients are zeroed before step() is called, all are silent, and nothing is seen
+        if any(grad is not None and bool(grad.any()) for grad in (s.parameter.grad for s in self._sentinels)):
+            for name, p in self._weights.items():
+                self._look_at_units(name, p.grad)
         for name, before in self._before.items():
             self._look_at_update(name, self._weights[name], before)
 
@@ -440,6 +438,16 @@ class watch:
         if ran:
             layer.looks += 1
             layer.unmoved = layer.unmoved + 1 if torch.equal(before, after) else 0
+
+    def _look_at_units(self, name: str, grad: Tensor | None) -> None:
+        if not _dense(grad):
+            return
+        found = self.log.units.get(name)
+        if found is None:
+            found = self.log.units[name] = Units(0, torch.ones(len(grad), dtype=torch.bool, device=grad.device))
+        found.looks += 1
+        if bool(found.silent.any()):
+            found.silent &= ~grad.detach().flatten(1).any(1)
 
     def _look_at_update(self, name: str, p: Tensor, before: Tensor) -> None:
         after = _rows(p)
@@ -650,11 +658,6 @@ def _sizes(module: nn.Module) -> Tensor | None:
 
 def _dense(grad: Tensor | None) -> TypeGuard[Tensor]:
     return grad is not None and grad.layout is torch.strided
-
-
-def _silent(grad: Tensor) -> Tensor:
-    """Of each row, whether all of it is zero."""
-    return torch.linalg.vector_norm(grad.detach(), float("inf"), dim=tuple(range(1, grad.dim()))) == 0
 
 
 def _rows(p: Tensor) -> Tensor:
