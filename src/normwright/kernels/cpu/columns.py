@@ -18,15 +18,18 @@ from . import context as c
 from .scalar import (
     FAST,
     STAGE,
+    alone,
     fence,
     inner,
     pointer_f64,
     pointer_i64,
     pointer_u8,
+    prefetch,
     scalars,
     stage_address,
     stream,
 )
+from .segments import AHEAD
 
 # elements whose sums are taken in float32 before they are merged in double: at 512 columns, 64 rows
 TILE = 32768
@@ -63,7 +66,7 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
     clear, own, width = _common(z)
     residual = extra == "residual"
 
-    @inner(FAST)
+    @alone(FAST)
     def tile_sums(x, mask, base, stride, rows, cols, pivot, s, q, n):
         clear(s, cols)
         clear(q, cols)
@@ -131,8 +134,8 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
             pivot[j] = T(mean[j])
 
     @inner(FAST)
-    def apply(x, y, res, mask, at, to, first, last, high, scale, shift):
-        for j in range(first, last):
+    def row(x, y, res, mask, at, to, length, high, scale, shift):
+        for j in range(length):
             v = (load(x, at + j) - high[j]) * scale[j] + shift[j]
             if residual:
                 v += load(res, at + j)
@@ -141,18 +144,44 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
                 v = v if mask[at + j] != 0 else zero
             store(y, to + j, v)
 
-    @inner(FAST)
-    def apply_by_a(x, y, res, mask, at, cols, high, scale, shift, w, b):
-        for j in range(cols):
-            v = ((load(x, at + j) - high[j]) * scale[j] + shift[j]) * w + b
-            if residual:
-                v += load(res, at + j)
-            v = f(v)
-            if masked:
-                v = v if mask[at + j] != 0 else zero
-            store(y, at + j, v)
+    @alone(FAST)
+    def apply(t, base, rows, cols, singles, ahead, stage):
+        x, y, res, mask = px(t[c.X]), px(t[c.Y]), px(t[c.EXTRA]), pointer_u8(t[c.MASK])
+        columns, stride = t[c.COLUMNS] * width, t[c.R] * t[c.K] * t[c.B]
+        high, scale, shift = pt(singles), pt(singles + columns), pt(singles + 2 * columns)
+        for a in range(rows):
+            at = base + a * stride
+            if ahead:
+                prefetch(t[c.X] + (at + cols) * size, cols * size)
+            if stage == 0:
+                row(x, y, res, mask, at, at, cols, high, scale, shift)
+                continue
+            for j in range(0, cols, STAGE):
+                m, skip = min(STAGE, cols - j), j * width
+                high_j, scale_j = pt(singles + skip), pt(singles + columns + skip)
+                row(x, px(stage), res, mask, at + j, 0, m, high_j, scale_j, pt(singles + 2 * columns + skip))
+                stream(t[c.Y] + (at + j) * size, stage, m * size)
 
-    @inner(FAST)
+    @alone(FAST)
+    def apply_by_a(t, base, first_row, last_row, cols, singles):
+        x, y, res, mask = px(t[c.X]), px(t[c.Y]), px(t[c.EXTRA]), pointer_u8(t[c.MASK])
+        weight, bias = pt(t[c.WEIGHT]), pt(t[c.BIAS])
+        columns, stride = t[c.COLUMNS] * width, t[c.R] * t[c.K] * t[c.B]
+        high, scale, shift = pt(singles), pt(singles + columns), pt(singles + 2 * columns)
+        for a in range(first_row, last_row):
+            at = base + a * stride
+            w = weight[a] if t[c.WEIGHT] != 0 else one
+            b = bias[a] if t[c.BIAS] != 0 else zero
+            for j in range(cols):
+                v = ((load(x, at + j) - high[j]) * scale[j] + shift[j]) * w + b
+                if residual:
+                    v += load(res, at + j)
+                v = f(v)
+                if masked:
+                    v = v if mask[at + j] != 0 else zero
+                store(y, at + j, v)
+
+    @alone(FAST)
     def statistics(t, x, mask, base, first_row, last_row, cols, doubles, singles, mean, squares, counts):
         """Mean and squares of each column over rows of this chunk."""
         columns, stride = t[c.COLUMNS], t[c.R] * t[c.K] * t[c.B]
@@ -179,7 +208,7 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
     def kernel(first, last, address):
         t, d = pointer_i64(address), pointer_f64(address)
         A, K, B, G, P, S, R = t[c.A], t[c.K], t[c.B], t[c.G], t[c.P], t[c.S], t[c.R]
-        x, y, res = px(t[c.X]), px(t[c.Y]), px(t[c.EXTRA])
+        x = px(t[c.X])
         weight, bias = pt(t[c.WEIGHT]), pt(t[c.BIAS])
         mean_, var_, mask = pointer_f64(t[c.MEAN]), pointer_f64(t[c.VAR]), pointer_u8(t[c.MASK])
         running_mean, running_var = pt(t[c.RUNNING_MEAN]), pt(t[c.RUNNING_VAR])
@@ -282,20 +311,11 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
                             start = ((r * K + k) * P + p) * S
                             for j in range(start, start + S):
                                 high[j], scale[j], shift[j] = top, T(w), T(v)
-                for a in range(first_row, last_row):
-                    at = base + a * width_all
-                    if by_a:
-                        w = weight[a] if t[c.WEIGHT] != 0 else one
-                        b_ = bias[a] if t[c.BIAS] != 0 else zero
-                        apply_by_a(x, y, res, mask, at, cols, high, scale, shift, w, b_)
-                    else:
-                        if t[c.STREAM] == 0:
-                            apply(x, y, res, mask, at, at, 0, cols, high, scale, shift)
-                            continue
-                        for j in range(0, cols, STAGE):
-                            end = min(j + STAGE, cols)
-                            apply(x, px(stage), res, mask, at, -j, j, end, high, scale, shift)
-                            stream(t[c.Y] + (at + j) * size, stage, (end - j) * size)
+                if by_a:
+                    apply_by_a(t, base, first_row, last_row, cols, singles)
+                else:
+                    ahead = blocks > 1 and A * cols * size <= AHEAD
+                    apply(t, base + first_row * width_all, last_row - first_row, cols, singles, ahead, stage)
         if t[c.STREAM] != 0:
             fence()
 
@@ -308,8 +328,10 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
     Parameter gradients are left at (o·K + k)·P + p, or, where the parameter is `a`, at (o·blocks + block)·A + a.
     """
     z = scalars(dtype, act)
-    T, pt, px, load, store, slope = z.T, z.pt, z.px, z.load, z.store, z.slope
+    T, pt, px, load, store = z.T, z.pt, z.px, z.load, z.store
     zero, one, size = T(0), T(1), z.size
+    by_output, has_residual = extra in ("output", "output-only"), extra in ("output", "residual")
+    slope = z.slope_of_output if by_output else z.slope
     clear, own, width = _common(z)
 
     @inner(FAST)
@@ -318,11 +340,11 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
         d = load(x, at) - high
         g = load(dy, at)
         if act != "none":
-            if extra == "output":
+            if by_output:
                 v = load(extra_, at)
             else:
                 v = (d * scale + shift) * w + b
-                if extra == "residual":
+                if has_residual:
                     v += load(extra_, at)
             g *= slope(v)
         if masked:
@@ -331,17 +353,44 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
             d = d if valid else zero
         return g, d
 
-    @inner(FAST)
-    def row_sums(x, dy, extra_, mask, at, cols, high, scale, shift, s, q, n):
-        for j in range(cols):
-            g, d = gradient(x, dy, extra_, mask, at + j, high[j], scale[j], shift[j], one, zero)
-            s[j] += g
-            q[j] += g * d
-            if masked:
-                n[j] += one if mask[at + j] != 0 else zero
+    @alone(FAST)
+    def sums(t, base, rows, cols, singles, apart):
+        x, dy, extra_, mask = px(t[c.X]), px(t[c.DY]), px(t[c.EXTRA]), pointer_u8(t[c.MASK])
+        columns, stride = t[c.COLUMNS] * width, t[c.R] * t[c.K] * t[c.B]
+        high, scale, shift = pt(singles), pt(singles + columns), pt(singles + 2 * columns)
+        s, q, n = pt(singles + 4 * columns), pt(singles + 5 * columns), pt(singles + 6 * columns)
+        a = 0
+        while apart and a + 4 <= rows:  # as in the statistics; whole rows are faster read in one stream
+            a0 = base + a * stride
+            a1, a2, a3 = a0 + stride, a0 + 2 * stride, a0 + 3 * stride
+            for j in range(cols):
+                h, w, v = high[j], scale[j], shift[j]
+                g0, d0 = gradient(x, dy, extra_, mask, a0 + j, h, w, v, one, zero)
+                g1, d1 = gradient(x, dy, extra_, mask, a1 + j, h, w, v, one, zero)
+                g2, d2 = gradient(x, dy, extra_, mask, a2 + j, h, w, v, one, zero)
+                g3, d3 = gradient(x, dy, extra_, mask, a3 + j, h, w, v, one, zero)
+                s[j] += (g0 + g1) + (g2 + g3)
+                q[j] += (g0 * d0 + g1 * d1) + (g2 * d2 + g3 * d3)
+            a += 4
+        while a < rows:
+            at = base + a * stride
+            for j in range(cols):
+                g, d = gradient(x, dy, extra_, mask, at + j, high[j], scale[j], shift[j], one, zero)
+                s[j] += g
+                q[j] += g * d
+            a += 1
+        if masked:
+            for a in range(rows):
+                at = base + a * stride
+                for j in range(cols):
+                    n[j] += one if mask[at + j] != 0 else zero
 
-    @inner(FAST)
-    def row_sums_by_a(x, dy, extra_, mask, at, cols, high, scale, shift, s, q, n, w, b):
+    @alone(FAST)
+    def row_sums_by_a(t, at, cols, singles, w, b):
+        x, dy, extra_, mask = px(t[c.X]), px(t[c.DY]), px(t[c.EXTRA]), pointer_u8(t[c.MASK])
+        columns = t[c.COLUMNS] * width
+        high, scale, shift = pt(singles), pt(singles + columns), pt(singles + 2 * columns)
+        s, q, n = pt(singles + 4 * columns), pt(singles + 5 * columns), pt(singles + 6 * columns)
         dw = db = zero
         for j in range(cols):
             g, d = gradient(x, dy, extra_, mask, at + j, high[j], scale[j], shift[j], w, b)
@@ -365,34 +414,57 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
                 n[j] = zero
 
     @inner(FAST)
-    def apply(x, dy, extra_, dx, dextra, mask, at, to, first, last, high, scale, shift, c1, c2, c3):
+    def row(x, dy, extra_, dx, dextra, mask, at, to, first, last, high, scale, shift, c2, c3):
         for j in range(first, last):
             g, d = gradient(x, dy, extra_, mask, at + j, high[j], scale[j], shift[j], one, zero)
-            v = g * c1[j] + (d * c2[j] + c3[j])
+            v = g * scale[j] + (d * c2[j] + c3[j])
             if masked:
                 v = v if mask[at + j] != 0 else zero
             store(dx, to + j, v)
-            if extra != "none":
+            if has_residual:
                 store(dextra, at + j, g)
 
-    @inner(FAST)
-    def apply_by_a(x, dy, extra_, dx, dextra, mask, at, cols, high, scale, shift, c1, c2, c3, w, b):
+    @alone(FAST)
+    def apply(t, base, rows, cols, singles, ahead, stage):
+        x, dy, dx, mask = px(t[c.X]), px(t[c.DY]), px(t[c.Y]), pointer_u8(t[c.MASK])
+        extra_, dextra = px(t[c.EXTRA]), px(t[c.DEXTRA])
+        columns, stride = t[c.COLUMNS] * width, t[c.R] * t[c.K] * t[c.B]
+        high, scale, shift = pt(singles), pt(singles + columns), pt(singles + 2 * columns)
+        c2, c3 = pt(singles + 4 * columns), pt(singles + 5 * columns)
+        for a in range(rows):
+            at = base + a * stride
+            if ahead:
+                prefetch(t[c.X] + (at + cols) * size, cols * size)
+                prefetch(t[c.DY] + (at + cols) * size, cols * size)
+            if stage == 0:
+                row(x, dy, extra_, dx, dextra, mask, at, at, 0, cols, high, scale, shift, c2, c3)
+                continue
+            for j in range(0, cols, STAGE):
+                end = min(j + STAGE, cols)
+                row(x, dy, extra_, px(stage), dextra, mask, at, -j, j, end, high, scale, shift, c2, c3)
+                stream(t[c.Y] + (at + j) * size, stage, (end - j) * size)
+
+    @alone(FAST)
+    def apply_by_a(t, at, cols, singles, w, b):
+        x, dy, dx, mask = px(t[c.X]), px(t[c.DY]), px(t[c.Y]), pointer_u8(t[c.MASK])
+        extra_, dextra = px(t[c.EXTRA]), px(t[c.DEXTRA])
+        columns = t[c.COLUMNS] * width
+        high, scale, shift = pt(singles), pt(singles + columns), pt(singles + 2 * columns)
+        c2, c3 = pt(singles + 4 * columns), pt(singles + 5 * columns)
         for j in range(cols):
             g, d = gradient(x, dy, extra_, mask, at + j, high[j], scale[j], shift[j], w, b)
-            v = g * w * c1[j] + (d * c2[j] + c3[j])
+            v = g * w * scale[j] + (d * c2[j] + c3[j])
             if masked:
                 v = v if mask[at + j] != 0 else zero
             store(dx, at + j, v)
-            if extra != "none":
+            if has_residual:
                 store(dextra, at + j, g)
 
     def kernel(first, last, address):
         t, d = pointer_i64(address), pointer_f64(address)
         A, K, B, G, P, S, R = t[c.A], t[c.K], t[c.B], t[c.G], t[c.P], t[c.S], t[c.R]
-        x, dx, dy = px(t[c.X]), px(t[c.Y]), px(t[c.DY])
-        extra_, dextra = px(t[c.EXTRA]), px(t[c.DEXTRA])
         weight, bias = pt(t[c.WEIGHT]), pt(t[c.BIAS])
-        mean_, var_, mask = pointer_f64(t[c.MEAN]), pointer_f64(t[c.VAR]), pointer_u8(t[c.MASK])
+        mean_, var_ = pointer_f64(t[c.MEAN]), pointer_f64(t[c.VAR])
         dweight, dbias = pt(t[c.DWEIGHT]), pt(t[c.DBIAS])
         chunks, columns, by_a = t[c.CHUNKS], t[c.COLUMNS], t[c.BY_A] != 0
         want = t[c.WANT_PARAMETERS] != 0 and not by_a
@@ -402,7 +474,7 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
         for worker in range(first, last):
             doubles, singles = own(t, worker)
             high, scale = pt(singles), pt(singles + columns * width)
-            shift, c1 = pt(singles + 2 * columns * width), pt(singles + 3 * columns * width)
+            shift = pt(singles + 2 * columns * width)
             c2, c3 = pt(singles + 4 * columns * width), pt(singles + 5 * columns * width)
             n_ = pt(singles + 6 * columns * width)
             for task in range(worker * t[c.TASKS] // t[c.WORKERS], (worker + 1) * t[c.TASKS] // t[c.WORKERS]):
@@ -437,33 +509,28 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
                     else:
                         at = t[c.SCRATCH] + ((o * chunks + chunk) * 3 * width_all + col) * 8
                         step = 8 * width_all
-                    sums, sums_x, counts = pointer_f64(at), pointer_f64(at + step), pointer_f64(at + 2 * step)
+                    total_g, total_gx = pointer_f64(at), pointer_f64(at + step)
+                    counts = pointer_f64(at + 2 * step)
                     for j in range(cols):
-                        sums[j] = sums_x[j] = counts[j] = 0.0
+                        total_g[j] = total_gx[j] = counts[j] = 0.0
                     # c2, c3 and n are free until the sums are known
                     clear(c2, cols)
                     clear(c3, cols)
                     clear(n_, cols)
-                    pending = 0
                     tile = max(8, TILE // cols)
-                    for a in range(first_row, last_row):
-                        row = base + a * width_all
+                    for a in range(first_row, last_row, tile):
+                        rows = min(tile, last_row - a)
                         if by_a:
-                            w_a = weight[a] if t[c.WEIGHT] != 0 else one
-                            b_a = bias[a] if t[c.BIAS] != 0 else zero
-                            dw, db = row_sums_by_a(
-                                x, dy, extra_, mask, row, cols, high, scale, shift, c2, c3, n_, w_a, b_a
-                            )  # fmt: skip
-                            if t[c.WANT_PARAMETERS] != 0:
-                                dweight[(o * blocks + block) * A + a] = dw
-                                dbias[(o * blocks + block) * A + a] = db
+                            for i in range(a, a + rows):
+                                w_a = weight[i] if t[c.WEIGHT] != 0 else one
+                                b_a = bias[i] if t[c.BIAS] != 0 else zero
+                                dw, db = row_sums_by_a(t, base + i * width_all, cols, singles, w_a, b_a)
+                                if t[c.WANT_PARAMETERS] != 0:
+                                    dweight[(o * blocks + block) * A + i] = dw
+                                    dbias[(o * blocks + block) * A + i] = db
                         else:
-                            row_sums(x, dy, extra_, mask, row, cols, high, scale, shift, c2, c3, n_)
-                        pending += 1
-                        if pending == tile:
-                            flush(c2, c3, n_, sums, sums_x, counts, cols)
-                            pending = 0
-                    flush(c2, c3, n_, sums, sums_x, counts, cols)
+                            sums(t, base + a * width_all, rows, cols, singles, blocks > 1)
+                        flush(c2, c3, n_, total_g, total_gx, counts, cols)
                 if t[c.PHASE] == 1:
                     continue
                 for k in range(kept_here):
@@ -509,25 +576,15 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
                     for r in range(R):
                         start = (r * K + k) * B
                         for j in range(start, start + B):
-                            c1[j], c2[j], c3[j] = scale[j], T(v2), T(v3)
-                for a in range(first_row, last_row):
-                    row = base + a * width_all
-                    if by_a:
+                            c2[j], c3[j] = T(v2), T(v3)
+                if by_a:
+                    for a in range(first_row, last_row):
                         w_a = weight[a] if t[c.WEIGHT] != 0 else one
                         b_a = bias[a] if t[c.BIAS] != 0 else zero
-                        apply_by_a(
-                            x, dy, extra_, dx, dextra, mask, row, cols, high, scale, shift, c1, c2, c3, w_a, b_a
-                        )  # fmt: skip
-                    else:
-                        if t[c.STREAM] == 0:
-                            apply(x, dy, extra_, dx, dextra, mask, row, row, 0, cols, high, scale, shift, c1, c2, c3)
-                            continue
-                        for j in range(0, cols, STAGE):
-                            end = min(j + STAGE, cols)
-                            apply(
-                                x, dy, extra_, px(stage), dextra, mask, row, -j, j, end, high, scale, shift, c1, c2, c3
-                            )  # fmt: skip
-                            stream(t[c.Y] + (row + j) * size, stage, (end - j) * size)
+                        apply_by_a(t, base + a * width_all, cols, singles, w_a, b_a)
+                else:
+                    ahead = blocks > 1 and 2 * A * cols * size <= AHEAD
+                    apply(t, base + first_row * width_all, last_row - first_row, cols, singles, ahead, stage)
         if t[c.STREAM] != 0:
             fence()
 

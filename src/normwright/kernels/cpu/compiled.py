@@ -90,7 +90,7 @@ def _(x, *rest):
 )
 def _backward_op(dy, y, statistics, *arguments):
     """Gradients of x, weight, bias and residual; those of absent tensors are empty."""
-    from . import _BY_SIGN, _as, _backward, _expand_mask
+    from . import _BY_OUTPUT, _BY_SIGN, _as, _backward, _expand_mask
 
     call = _call(*arguments)
     found = _found(call)
@@ -106,9 +106,10 @@ def _backward_op(dy, y, statistics, *arguments):
             given = iter(torch.autograd.grad(again, wanted, dy, allow_unused=True))
         gradients = [None if t is None else next(given) for t in leaves]
     else:
-        extra = None
-        if residual is not None and call.act is not None:
-            extra = y if call.act in _BY_SIGN else _as(residual, x)
+        if residual is None:
+            extra = y if call.act in _BY_OUTPUT else None
+        else:
+            extra = y if call.act in _BY_SIGN else None if call.act is None else _as(residual, x)
         flags = None if call.mask is None else _expand_mask(found, x, call.mask)
         rest = (call.spec, call.use_batch_stats, call.eps, call.act, call.mask, None, None)
         gradients = _backward(
@@ -130,8 +131,8 @@ def _(dy, y, statistics, x, weight, bias, running_mean, running_var, residual, *
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     y, statistics = output
     ctx.rest = inputs[7:]
-    by_sign = inputs[5] is not None and inputs[-1] in ("relu", "leaky_relu")
-    ctx.save_for_backward(*inputs[:7], y if by_sign else None, statistics)
+    kept = inputs[-1] in (("sigmoid", "tanh") if inputs[5] is None else ("relu", "leaky_relu"))
+    ctx.save_for_backward(*inputs[:7], y if kept else None, statistics)
 
 
 def _gradient(ctx: Any, dy: Tensor, _: Tensor) -> tuple:

@@ -92,8 +92,10 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
     Worker w leaves its sums at w·(G·B) of dweight and dbias: taken in float32 over FLUSH rows, in double beyond.
     """
     z = scalars(dtype, act)
-    T, pt, px, load, store, slope = z.T, z.pt, z.px, z.load, z.store, z.slope
+    T, pt, px, load, store = z.T, z.pt, z.px, z.load, z.store
     zero, width = T(0), T(0).itemsize
+    by_output, has_residual = extra in ("output", "output-only"), extra in ("output", "residual")
+    slope = z.slope_of_output if by_output else z.slope
 
     @inner(FAST)
     def gradient(x, dy, extra_, weight, bias, at, at_weight, high, low, rstd):
@@ -101,11 +103,11 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
         n = (load(x, at) - high) * rstd + low
         g = load(dy, at)
         if act != "none":
-            if extra == "output":
+            if by_output:
                 v = load(extra_, at)
             else:
                 v = n * weight[at_weight] + bias[at_weight]
-                if extra == "residual":
+                if has_residual:
                     v += load(extra_, at)
             g *= slope(v)
         return g, n
@@ -129,13 +131,13 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
                 g, n = gradient(x, dy, extra_, weight, bias, base + i, at_weight + i, high, low, rstd)
                 dw[i] += g * n
                 db[i] += g
-                if extra != "none":
+                if has_residual:
                     store(dextra, base + i, g)
                 store(dx, base + i, (g * weight[at_weight + i] - (c1 + n * c2)) * rstd)
         else:
             for i in range(length):
                 g, n = gradient(x, dy, extra_, weight, bias, base + i, at_weight + i, high, low, rstd)
-                if extra != "none":
+                if has_residual:
                     store(dextra, base + i, g)
                 store(dx, base + i, (g * weight[at_weight + i] - (c1 + n * c2)) * rstd)
 
@@ -170,7 +172,7 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
                 if masked and mask[k // G] == 0:
                     for i in range(B):
                         store(dx, base + i, zero)
-                        if extra != "none":
+                        if has_residual:
                             store(dextra, base + i, zero)
                     continue
                 at_weight = (k % G) * B

@@ -200,13 +200,13 @@ def backward(dtype: str, act: str, extra: str, masked: bool):
     """`dz = dy·act'(z)`, dweight, dbias and `dx = rstd·(g − mean(g) − x̂·mean(g·x̂))` with `g = dz·weight`.
 
     Parameter gradients are left per statistic at (o·K + k)·P + p. `extra` is "residual" where z needs the residual,
-    "output" where act' is found from y; dz is then written as the residual's gradient. It is "alone" where act' is
-    found from y and there was no residual.
+    "output" where act' is found from y; dz is then written as the residual's gradient. It is "output-only" where act'
+    is found from y and there was no residual.
     """
     z = scalars(dtype, act)
     T, pt, px, load, store = z.T, z.pt, z.px, z.load, z.store
     zero, one, size = T(0), T(1), z.size
-    by_output, has_residual = extra in ("output", "alone"), extra in ("output", "residual")
+    by_output, has_residual = extra in ("output", "output-only"), extra in ("output", "residual")
     slope = z.slope_of_output if by_output else z.slope
 
     @inner(FAST)
