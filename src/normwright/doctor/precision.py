@@ -12,7 +12,7 @@ from ..surgery.modules import copied
 from .handwritten import HandWritten, handwritten
 from .probe import NormCall, Subject
 
-__all__ = ["Alone", "alone"]
+__all__ = ["Alone", "alone", "overflows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,3 +63,18 @@ def _hand(one: HandWritten) -> Callable[[Tensor, torch.dtype | None, bool], Tens
         return one.play(one.copy(dtype), x, training=training).detach()
 
     return play
+
+
+def overflows(layer: Alone) -> int | None:
+    """At which multiple of the input, 1 or 2, a hand-written norm fails in float16 and not in float64."""
+    if layer.hand is None or layer.x.dtype != torch.float16:
+        # torch's, timm's and ours compute in float32
+        return None
+    for times in (1, 2):
+        x = layer.x * times
+        narrow, wide = layer.play(x, None, True).double(), layer.play(x, torch.float64, True)
+        # half of the output's size: lost to 0 or to NaN, where rounding is 1e-3
+        wrong = ~narrow.isfinite() | ((narrow - wide).abs() > 0.5 * wide.abs() + 0.05)
+        if wide.isfinite().all() and float(wrong.double().mean()) > 1e-3:
+            return times
+    return None

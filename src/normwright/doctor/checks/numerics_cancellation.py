@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from ..check import Check, Finding
-from ..precision import alone
+from ..precision import alone, overflows
 from ..probe import Subject
 
-# of the output's deviation: bfloat16's own rounding is 0.4 %, float32's 1e-7
+# of the output's deviation, or size if it is not centred: bfloat16's own rounding is 0.4 %, float32's 1e-7
 _LOST = 0.05
 
 
@@ -61,21 +61,22 @@ class Cancellation(Check):
 
     def find(self, subject: Subject) -> Iterable[Finding]:
         for layer in alone(subject):
-            if layer.hand is None or layer.x.dtype == torch.float64:
+            way = layer.hand.way if layer.hand is not None else None
+            if way is None or layer.x.dtype == torch.float64 or overflows(layer) == 1:
                 continue
-            narrow, wide = layer.play(layer.x, None, True).double(), layer.play(layer.x, torch.float64, True).double()
-            spread = float(wide.std()) if wide.numel() > 1 else 0.0
-            if not narrow.isfinite().all() or not wide.isfinite().all() or not spread:
+            narrow, wide = (layer.play(layer.x, dtype, True).double() for dtype in (None, torch.float64))
+            size = float(wide.var(correction=0).sqrt() if way.center else wide.square().mean().sqrt())
+            if not narrow.isfinite().all() or not wide.isfinite().all() or not size:
                 continue
-            lost = float(F.mse_loss(narrow, wide).sqrt()) / spread
+            lost = float(F.mse_loss(narrow, wide).sqrt()) / size
             if lost > _LOST:
-                size = float(layer.x.double().mean().abs() / layer.x.double().std().clamp_min(1e-300))
+                mean = float(layer.x.double().mean().abs() / layer.x.double().std().clamp_min(1e-300))
                 yield self.finding(
                     layer.name,
                     f"{subject.name(layer.module)} is {lost:.1%} of its output's deviation away from float64, on "
-                    f"inputs whose mean is {size:.3g} deviations, in {str(layer.x.dtype)[6:]}.",
+                    f"inputs whose mean is {mean:.3g} deviations, in {str(layer.x.dtype)[6:]}.",
                     help="Subtract the mean first and square then, in float32; or use this package's layer, "
                     "which does.",
                     falsify="The output in its own type and in float64 agree to the type's resolution.",
-                    numbers={"error, deviations of the output": lost, "mean of the input, deviations": size},
+                    numbers={"error, deviations of the output": lost, "mean of the input, deviations": mean},
                 )

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from ..check import Check, Finding
-from ..precision import Alone, alone
+from ..precision import alone, overflows
 from ..probe import Subject
 
 # one doubling, which a few more steps of training or another batch may bring
@@ -78,7 +78,7 @@ class HalfOverflow(Check):
                     numbers={"largest input": largest, "headroom": _LARGEST / largest},
                 )
                 continue
-            times = _overflows(layer)
+            times = overflows(layer)
             if times is not None:
                 yield self.finding(
                     layer.name,
@@ -89,18 +89,3 @@ class HalfOverflow(Check):
                     falsify="In float16 the output on the input, and on twice the input, agrees with float64.",
                     numbers={"largest input": largest, "overflows at times the input": times},
                 )
-
-
-def _overflows(layer: Alone) -> int | None:
-    """At which multiple of the input, 1 or 2, the layer fails in float16 and not in float64."""
-    if layer.hand is None:
-        # torch's, timm's and ours compute in float32
-        return None
-    for times in (1, 2):
-        x = layer.x * times
-        narrow, wide = layer.play(x, None, True).double(), layer.play(x, torch.float64, True)
-        # half of the output's size: lost to 0 or to NaN, where rounding is 1e-3
-        wrong = ~narrow.isfinite() | ((narrow - wide).abs() > 0.5 * wide.abs() + 0.05)
-        if wide.isfinite().all() and float(wrong.double().mean()) > 1e-3:
-            return times
-    return None

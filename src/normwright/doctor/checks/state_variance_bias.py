@@ -22,8 +22,8 @@ class VarianceBias(Check):
 
     Why is this bad
         With few values per channel the layer and torch's differ by n / (n − 1) in the variance, which shows when
-        weights are carried from one to the other. Keras, JAX and most books average n, and that is a convention; in torch
-        `x.var()` and `x.std()` divide by n − 1 unless told otherwise, often by mistake.
+        weights are carried from one to the other. Keras, JAX and most books average n, a convention; in torch `x.var()`
+        and `x.std()` divide by n − 1 unless told otherwise, often by mistake.
 
     Example
         class LayerNorm(torch.nn.Module):
