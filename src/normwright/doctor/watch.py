@@ -296,7 +296,7 @@ class watch:
         self._depth = max(self._depth - 1, 0)
         if self._depth == 0 and self._last_saturating is not None:
             name, y = self._last_saturating
-            if any(t is y for t in tensors_in(output)):
+            if any(t.data_ptr() == y.data_ptr() for t in tensors_in(output)):
                 self.log.saturation[name].last = True
             self._last_saturating = None
 

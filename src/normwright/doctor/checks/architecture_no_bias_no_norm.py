@@ -51,7 +51,7 @@ class NoBiasAndNoNorm(Check):
     needs = ("inputs",)
 
     def find(self, subject: Subject) -> Iterable[Finding]:
-        bare = {
+        bare: dict[nn.Module, str] = {
             module: name
             for name, module in subject.modules.items()
             if isinstance(module, (_ConvNd, nn.Linear)) and module._parameters.get("bias") is None

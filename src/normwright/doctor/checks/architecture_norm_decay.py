@@ -53,7 +53,7 @@ class WeightDecayOnNorms(Check):
         }
         found: dict[str, list[Tensor]] = {}
         for name, module in subject.norms().items():
-            own = [p for p in module.parameters(recurse=False) if id(p) in decayed and p.requires_grad]
+            own: list[Tensor] = [p for p in module.parameters(recurse=False) if id(p) in decayed and p.requires_grad]
             if own:
                 found[name] = own
         if not found:

@@ -108,7 +108,7 @@ class SoftmaxBeforeCrossEntropy(Check):
 
     @staticmethod
     def _bounded(subject: Subject) -> bool:
-        """Whether the outputs stay between 0 and 1 when all weights are ten times as large, and when they are opposite."""
+        """Whether the outputs stay between 0 and 1 with all weights ten times as large, and with opposite ones."""
         for factor in (10.0, -10.0):
             with subject.experiment() as model, torch.no_grad():
                 for module in model.modules():
