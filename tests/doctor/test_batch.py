@@ -77,6 +77,37 @@ def test_pooled_branch_of_one_sample_with_batch_norm():
     assert codes(Pooling(), torch.randn(32, 3, 16, 16)) == []
 
 
+class ByHand(nn.Module):
+    """The book's: statistics in buffers, the mode by the flag."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.randn(channels))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("var", torch.ones(channels))
+
+    def forward(self, x):
+        mean, var = self.mean, self.var
+        if self.training:
+            mean, var = x.mean(0), x.var(0, correction=0)
+            self.mean = 0.9 * self.mean + 0.1 * mean.detach()
+            self.var = 0.9 * self.var + 0.1 * var.detach()
+        return (x - mean) / (var + 1e-5).sqrt() * self.gamma + self.beta
+
+
+def test_norms_written_by_hand():
+    model = mlp(norm=ByHand)
+    single = found(model, torch.randn(1, 4))["NW201"]
+    assert single.where == ("1",)
+    assert single.numbers["output_change_per_input_change"] == 0.0
+    few = found(model, torch.randn(5, 4))["NW202"]
+    assert few.where == ("1",)
+    assert few.numbers["values_per_statistic"] == 5
+    assert codes(model, torch.randn(64, 4)) == []
+    assert codes(model.eval(), torch.randn(1, 4)) == []
+    assert codes(model.eval(), torch.randn(5, 4)) == []
+
+
 def test_an_inner_error_of_another_kind_is_not_blamed_on_the_norm():
     class Fails(nn.Module):
         def __init__(self):

@@ -48,7 +48,7 @@ class NormAxes:
     """One call of a norm, and what the axes of its input are.
 
     Arguments:
-        name, module, x: the layer and its input; `y` its output, None if the layer raised.
+        name, module, x: the layer and its input; `finished` whether it gave an output, and did not raise.
         roles: for each axis of `x` what it is.
         reads: what is done with which axis of the output: `("linear", d)` a linear map of axis d, `("channels", d)` a
             convolution with channels there, `("sequence", d)` recurrence or attention along it, `("pooled", d)` a
@@ -59,7 +59,7 @@ class NormAxes:
     module: nn.Module
     x: Tensor
     roles: Roles
-    y: Tensor | None = None
+    finished: bool = False
     reads: set[tuple[str, int]] = field(default_factory=set)
 
 
@@ -74,6 +74,8 @@ def _axes_at_norms(subject: Subject) -> tuple[list[NormAxes], Exception | None]:
     calls: list[NormAxes] = []
     raised: Exception | None = None
     names = {module: name for name, module in subject.norms().items()}
+    if not names:
+        return [], None
 
     def entered(module: nn.Module, args: Any, kwargs: Any) -> None:
         x = args[0] if args else kwargs.get("input", kwargs.get("x"))
@@ -81,9 +83,9 @@ def _axes_at_norms(subject: Subject) -> tuple[list[NormAxes], Exception | None]:
             calls.append(NormAxes(names[module], module, x.detach().clone(), _roles(x)))
 
     def left(module: nn.Module, args: Any, y: Any) -> None:
-        call = next((call for call in reversed(calls) if call.module is module and call.y is None), None)
+        call = next((call for call in reversed(calls) if call.module is module and not call.finished), None)
         if call is not None and isinstance(y, Tensor):
-            call.y = y.detach().clone()
+            call.finished = True
             y._nw_from = ((call, tuple(range(y.dim()))),)  # type: ignore[attr-defined]
             if y.shape == call.x.shape:
                 y._nw_roles = call.roles  # type: ignore[attr-defined]

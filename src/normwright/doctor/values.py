@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from ..catalog import CATALOG
 from ..layers.norm import GhostBatchNorm
 from ..layers.sync_batch_norm import SyncBatchNorm
 from ..spec import PatternError
+from .handwritten import handwritten
 from .probe import CannotRun, Subject, spec_of
 
 __all__ = [
@@ -24,13 +25,17 @@ __all__ = [
     "Meeting",
     "by_mark",
     "meetings",
+    "require_calls",
     "synchronized",
+    "total_count",
     "trained",
     "training_batch",
     "training_modes",
     "unmoved",
     "uses_batch",
     "world_size",
+    "worst_calls",
+    "written_by_hand",
 ]
 
 # With 16 values the mean of a batch is off by a quarter of a standard deviation and its deviation by 18 %; ImageNet
@@ -50,18 +55,21 @@ class Meeting:
     """A norm called in a run, which may have ended there.
 
     Arguments:
-        name, module: the layer; `x` its input, detached, and `y` its output; None if the layer raised.
+        name, module: the layer; `x` its input, detached; `finished` whether it gave an output, and did not raise.
         kwargs: what else it was called with.
-        learns: whether a gradient reaches its input; `result_learns` its output.
+        learns: whether a gradient reaches its input.
+        counted, over_batch: of a hand-written norm, whose axes were measured, the values for each statistic, and
+            whether they are taken over the first axis.
     """
 
     name: str
     module: nn.Module
     x: Tensor
-    y: Tensor | None = None
+    finished: bool = False
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     learns: bool = False
-    result_learns: bool = False
+    counted: int | None = None
+    over_batch: bool = False
 
     @property
     def count(self) -> int | None:
@@ -69,6 +77,8 @@ class Meeting:
 
         The chunks of a ghost batch norm, small on purpose, count together.
         """
+        if self.counted is not None:
+            return self.counted
         spec, shape = spec_of(self.module), tuple(self.x.shape)
         if isinstance(self.module, GhostBatchNorm):
             spec = CATALOG["BatchNorm"].spec
@@ -124,6 +134,8 @@ def _met(subject: Subject, given: Any, gradients: bool) -> tuple[list[Meeting], 
     norms = {module: name for name, module in subject.norms().items()}
     met: list[Meeting] = []
     raised: Exception | None = None
+    if not norms:
+        return met, raised
     pending: dict[nn.Module, list[Meeting]] = {module: [] for module in norms}
 
     def entered(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -131,14 +143,14 @@ def _met(subject: Subject, given: Any, gradients: bool) -> tuple[list[Meeting], 
         if isinstance(x, Tensor):
             extra = {key: value for key, value in kwargs.items() if key not in ("input", "x")}
             extra |= dict(zip(("residual", "mask"), args[1:3], strict=False))
-            met.append(Meeting(norms[module], module, x.detach().clone(), None, extra, x.requires_grad))
+            met.append(Meeting(norms[module], module, x.detach().clone(), False, extra, x.requires_grad))
             pending[module].append(met[-1])
 
     def left(module: nn.Module, args: Any, y: Any) -> None:
         if pending[module]:
             meeting = pending[module].pop()
             if isinstance(y, Tensor):
-                meeting.y, meeting.result_learns = y.detach().clone(), y.requires_grad
+                meeting.finished = True
 
     compiled = any("_orig_mod" in m._modules or m._compiled_call_impl for m in subject.model.modules())
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
@@ -154,6 +166,25 @@ def _met(subject: Subject, given: Any, gradients: bool) -> tuple[list[Meeting], 
     return met, raised
 
 
+def written_by_hand(subject: Subject) -> list[Meeting]:
+    """The modules that centre and normalize without being known norms, as far as they are in training mode."""
+    try:
+        found = handwritten(subject)
+    except CannotRun:
+        # the model raises somewhere, of which its known norms have been asked before
+        return []
+    met = []
+    with training_modes(subject):
+        training = [one for one in found if one.module.training and one.x.dim() > 1]
+    for one in training:
+        # of one or two samples the axes cannot be told
+        way = replace(one, x=one.x.repeat(ENOUGH, *[1] * (one.x.dim() - 1))).way
+        if way is not None and way.center and way.name != "GroupNorm":
+            counted = math.prod(one.x.size(d) for d in way.dims)
+            met.append(Meeting(one.name, one.module, one.x, True, counted=counted, over_batch=0 in way.dims))
+    return met
+
+
 def uses_batch(module: Any) -> bool:
     """Whether the layer, in the mode that it is in, normalizes by its input's statistics."""
     if isinstance(module, _InstanceNorm):
@@ -166,7 +197,8 @@ def unmoved(subject: Subject, meeting: Meeting) -> float | None:
 
     The layer is called by itself, in the modes of training.
     """
-    with training_modes(subject), torch.no_grad():
+    # with gradients, which some hand-written norms take for the sign of training
+    with training_modes(subject), torch.enable_grad():
         x = meeting.x
         generator = torch.Generator(x.device).manual_seed(0)
         noise = torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
@@ -174,7 +206,7 @@ def unmoved(subject: Subject, meeting: Meeting) -> float | None:
         outputs = []
         try:
             for value in (x, other):
-                outputs.append(_call(meeting.module, value).double())
+                outputs.append(_call(meeting.module, value).detach().double())
         except Exception:
             return None
         return float((outputs[0] - outputs[1]).abs().max() / (x.double() - other.double()).abs().max())

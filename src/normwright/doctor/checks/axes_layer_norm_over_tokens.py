@@ -63,7 +63,7 @@ class LayerNormOverTokens(Check):
         found: dict[Any, tuple[NormAxes, float, str]] = {}
         for call in calls:
             # a subclass may have its own idea of the axes
-            known = type(call.module).forward in _FORWARDS and call.y is not None and call.module not in found
+            known = type(call.module).forward in _FORWARDS and call.finished and call.module not in found
             if known and (fault := _fault(subject, call)) is not None:
                 found[call.module] = (call, *fault)
         for kind in dict.fromkeys(kind for _, _, kind in found.values()):

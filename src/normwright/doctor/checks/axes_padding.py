@@ -76,7 +76,7 @@ class PaddingInStatistics(Check):
         met, _ = meetings(subject)
         moved: dict[nn.Module, tuple[Meeting, float]] = {}
         for meeting in met:
-            if meeting.module not in moved and meeting.y is not None and meeting.kwargs.get("mask") is None:
+            if meeting.module not in moved and meeting.finished and meeting.kwargs.get("mask") is None:
                 move = _lengthened(subject, meeting, valid.to(meeting.x.device))
                 if move is not None and move > _MOVED:
                     moved[meeting.module] = meeting, move

@@ -81,7 +81,7 @@ class SequenceAsChannels(Check):
             yield from self._refused(subject, calls)
         seen: dict[Any, NormAxes] = {}
         for call in calls:
-            if call.y is not None and call.roles[-1] == FEATURES != call.roles[1]:
+            if call.finished and call.roles[-1] == FEATURES != call.roles[1]:
                 seen.setdefault(call.module, call)
         tried = {call.name: _left(subject, call) for call in seen.values() if _positions(call)}
         sure = {name: left for name, left in tried.items() if left > _LEFT}
@@ -115,7 +115,11 @@ class SequenceAsChannels(Check):
         for call in calls:
             module: Any = call.module
             channels, shape = getattr(module, "num_features", None), tuple(call.x.shape)
-            if call.y is None and channels == shape[-1] != shape[1] and _runs(subject, module, call.x.movedim(-1, 1)):
+            if (
+                not call.finished
+                and channels == shape[-1] != shape[1]
+                and _runs(subject, module, call.x.movedim(-1, 1))
+            ):
                 last = len(shape) - 1
                 yield self.finding(
                     call.name,

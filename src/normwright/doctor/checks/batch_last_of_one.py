@@ -59,7 +59,7 @@ class LastBatchOfOne(Check):
         norms = set(subject.batch_norms().values())
         with training_modes(subject):
             single = [m for m in met if m.module in norms and uses_batch(m.module) and total_count(m) == 1]
-        if not single or (raised is not None and met[-1].y is not None):
+        if not single or (raised is not None and met[-1].finished):
             return
         name = subject.name(single[0].module)
         shows = "puts out its bias alone" if raised is None else f"raises {type(raised).__name__}"

@@ -55,7 +55,7 @@ class OneElementGroups(Check):
             module = meeting.module
             if isinstance(module, nn.GroupNorm) and meeting.count == 1 and module not in single:
                 moves = unmoved(subject, meeting)
-                if (moves is None and meeting.y is None) or (moves is not None and moves < _ROUNDING):
+                if (moves is None and not meeting.finished) or (moves is not None and moves < _ROUNDING):
                     single[module] = meeting, moves
         for group in by_mark(subject, self.code, [meeting for meeting, _ in single.values()]):
             first, moves = single[group[0].module]

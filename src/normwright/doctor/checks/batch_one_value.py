@@ -6,7 +6,17 @@ from torch import nn
 
 from ..check import Check, Finding
 from ..probe import Subject
-from ..values import Meeting, by_mark, meetings, require_calls, total_count, training_modes, unmoved, uses_batch
+from ..values import (
+    Meeting,
+    by_mark,
+    meetings,
+    require_calls,
+    total_count,
+    training_modes,
+    unmoved,
+    uses_batch,
+    written_by_hand,
+)
 
 __all__ = ["OneValuePerStatistic"]
 
@@ -19,8 +29,8 @@ class OneValuePerStatistic(Check):
 
     What it does
         Runs a step of training and counts the values of each statistic: N·H·W for a batch norm, H·W for an instance
-        norm, the normalized elements for a layer norm. Where it is one, another input is given to the layer alone, to
-        see that its output stays the same, or that the layer refuses.
+        norm, the normalized elements for a layer norm; of hand-written norms the axes are measured. Where it is one,
+        another input is given to the layer alone, to see that its output stays the same, or that the layer refuses.
 
     Why is this bad
         A value less its own mean is zero. What comes out is the bias, whatever went in; torch's batch and instance
@@ -52,10 +62,10 @@ class OneValuePerStatistic(Check):
         met, raised = meetings(subject)
         require_calls(met, raised)
         single: dict[nn.Module, tuple[Meeting, float | None]] = {}
-        for meeting in met:
+        for meeting in (*met, *written_by_hand(subject)):
             if self._one(subject, meeting) and meeting.module not in single:
                 moves = unmoved(subject, meeting)
-                if (moves is None and meeting.y is None) or (moves is not None and moves < _ROUNDING):
+                if (moves is None and not meeting.finished) or (moves is not None and moves < _ROUNDING):
                     single[meeting.module] = meeting, moves
         for group in by_mark(subject, self.code, [meeting for meeting, _ in single.values()]):
             first, moves = single[group[0].module]
@@ -80,4 +90,4 @@ class OneValuePerStatistic(Check):
         if not centred or total_count(meeting) != 1:
             return False
         with training_modes(subject):
-            return isinstance(module, nn.LayerNorm) or uses_batch(module)
+            return isinstance(module, nn.LayerNorm) or meeting.counted == 1 or uses_batch(module)

@@ -16,6 +16,7 @@ from ..values import (
     uses_batch,
     world_size,
     worst_calls,
+    written_by_hand,
 )
 
 __all__ = ["FewValuesPerStatistic"]
@@ -69,8 +70,9 @@ class FewValuesPerStatistic(Check):
         norms = subject.batch_norms().values()
         with training_modes(subject):
             used = {module for module in norms if uses_batch(module) and not isinstance(module, BatchRenorm)}
-
-        few = [m for m in met if m.module in used and 1 < (over_all(m) or 1) < ENOUGH]
+        known = [meeting for meeting in met if meeting.module in used]
+        others = [meeting for meeting in written_by_hand(subject) if meeting.over_batch]
+        few = [meeting for meeting in (*known, *others) if 1 < (over_all(meeting) or 1) < ENOUGH]
         for group in by_mark(subject, self.code, worst_calls(few, over_all)):
             first = group[0]
             count, shape = over_all(first) or 0, tuple(first.x.shape)

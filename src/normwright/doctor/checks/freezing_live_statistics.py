@@ -58,17 +58,15 @@ class FrozenWithLiveStatistics(Check):
     def find(self, subject: Subject) -> Iterable[Finding]:
         if not subject.model.training:
             return
+        tracked = subject.tracked()
+        parts = {name: _frozen_part(subject, name) for name in tracked}
+        frozen = {name for name, part in parts.items() if part is not None and not _mirrors(subject, part)}
+        if not frozen:
+            return
         met, raised = meetings(subject, gradients=True)
         require_calls(met, raised)
-        tracked = subject.tracked()
-        fixed = [
-            name
-            for name, module in tracked.items()
-            if (calls := [meeting for meeting in met if meeting.module is module])
-            and not any(meeting.learns for meeting in calls)
-            and (part := _frozen_part(subject, name)) is not None
-            and not _mirrors(subject, part)
-        ]
+        reached = {meeting.name for meeting in met if meeting.name in frozen}
+        fixed = sorted(reached - {meeting.name for meeting in met if meeting.learns})
         if not fixed:
             return
         moved = {name: move for name, move in _moves(subject, fixed).items() if move > 0}
