@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -83,9 +84,17 @@ def lint(paths: Iterable[str | Path], rules: Iterable[type[Rule]] | None = None)
     chosen = [rule() for rule in (all_rules() if rules is None else rules)]
     problems: list[Problem] = []
     files = 0
-    for path in find(Path(p) for p in paths):
-        files += 1
-        problems += _lint_text(read(path), chosen)
+    collecting = gc.isenabled()
+    gc.disable()  # syntax trees are many small objects: twice as fast without
+    try:
+        for path in find(Path(p) for p in paths):
+            files += 1
+            problems += _lint_text(read(path), chosen)
+            if files % 200 == 0:
+                gc.collect()
+    finally:
+        if collecting:
+            gc.enable()
     return Result(problems, files)
 
 

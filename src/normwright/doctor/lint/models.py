@@ -212,7 +212,7 @@ def output(source: Source, value: ast.AST | None, depth: int = 0) -> str:
 
 
 def _output(source: Source, value: ast.AST | None, index: tuple[int, ...], depth: int) -> str:
-    kinds = {_kind(source, origin, index, depth) for origin in source._origins(value, (), frozenset())}
+    kinds = {_kind(source, origin, index, depth) for origin in source.origins(value)}
     if index:
         kinds = {_kind_at(source, origin, index, depth) for origin in source.origins(value)}
     elif isinstance(value, ast.Name):

@@ -7,7 +7,7 @@ it may also be something else, and a rule that needs certainty then stays silent
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,11 @@ Call = ast.Call
 Scope = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef, ast.Module)
 Loop = (ast.For, ast.AsyncFor, ast.While)
 Comprehension = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+BINDING = {
+    ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.AugAssign, ast.For, ast.AsyncFor, ast.With, ast.AsyncWith,
+    ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef, ast.Import, ast.ImportFrom, ast.ExceptHandler,
+    ast.MatchAs, ast.MatchStar,
+}  # fmt: skip
 
 # methods that return what they are called on, and functions that return their first argument, as a module or a tensor
 SAME_METHODS = {
@@ -106,8 +111,10 @@ class Source:
         self._quals: dict[ast.AST, str] = {}
         self._attributes: dict[ast.ClassDef, dict[str, list[Binding]]] = {}
         self._sites: dict[ast.AST, list[ast.Call] | None] = {}
-        self._defined: dict[ast.AST, list[Any]] = {}
-        self._asked: list[ast.AST] = []
+        self._known: dict[Any, list[Any]] = {}
+        self._asked: set[Any] = set()
+        self._cuts = 0
+        self._walrus: dict[ast.AST, dict[str, list[Binding]]] = {}
         self._methods: set[str] = set()
         self._read()
 
@@ -117,12 +124,13 @@ class Source:
         stack: list[ast.AST] = [self.tree]
         while stack:
             node = stack.pop()
-            children = list(ast.iter_child_nodes(node))
-            for child in children:
-                self.parents[child] = node
-            stack.extend(reversed(children))
-            if isinstance(node, ast.Call):
-                self.calls.append(node)
+            kind = type(node)
+            if kind is ast.Call:
+                self.calls.append(node)  # type: ignore[arg-type]
+            elif kind is ast.Name:
+                if isinstance(node.ctx, ast.Load):  # type: ignore[attr-defined]
+                    self.loads.setdefault(node.id, []).append(node)  # type: ignore[attr-defined,arg-type]
+                continue
             elif isinstance(node, Function):
                 self.functions.append(node)
                 self._methods.add(node.name)
@@ -130,11 +138,21 @@ class Source:
                 self.classes.append(node)
             elif isinstance(node, Loop):
                 self.loops.append(node)
-            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-                self.loads.setdefault(node.id, []).append(node)
             elif isinstance(node, ast.Global):
                 self._global.setdefault(self.scope(node), set()).update(node.names)
-            self._bind(node)
+            if kind in BINDING:
+                self._bind(node)
+            below: list[ast.AST] = []
+            for field in node._fields:
+                value = getattr(node, field, None)
+                if isinstance(value, list):
+                    below += [item for item in value if isinstance(item, ast.AST)]
+                elif isinstance(value, ast.AST) and not isinstance(value, ast.expr_context):
+                    below.append(value)
+            for child in below:
+                self.parents[child] = node
+            below.reverse()
+            stack += below
 
     def _bind(self, node: ast.AST) -> None:
         found: list[tuple[str, Binding]] = []
@@ -177,6 +195,9 @@ class Source:
             return
         self._bound[node] = found
         scope = self.scope(node)
+        if isinstance(node, ast.NamedExpr):
+            for name, binding in found:
+                self._walrus.setdefault(self.statement(node), {}).setdefault(name, []).append(binding)
         for name, binding in found:
             home = self.tree if name in self._global.get(scope, ()) else scope
             self.names.setdefault(home, {}).setdefault(name, []).append(binding)
@@ -329,8 +350,7 @@ class Source:
             return inside + self._through(statement.orelse, name)[0] + last, sure
         if isinstance(statement, ast.Match):
             return [b for case in statement.cases for b in self._through(case.body, name)[0]], False
-        walrus = [b for n in ast.walk(statement) for m, b in self._bound.get(n, ()) if m == name] if not own else own
-        return (walrus, bool(own)) if not isinstance(statement, (*Function, ast.ClassDef)) else (own, bool(own))
+        return own + self._walrus.get(statement, {}).get(name, []), bool(own)
 
     def qual(self, node: ast.AST | None) -> str:
         """The imported thing that an expression names, by its full name (`torch.nn.BatchNorm2d`), or `""`."""
@@ -367,15 +387,21 @@ class Source:
         """The functions and classes of this module that an expression names: a name, or a method of an object."""
         if not isinstance(node, (ast.Name, ast.Attribute)):
             return []
-        if node in self._defined:
-            return self._defined[node]
-        if node in self._asked:
-            return []  # `self.x = self.x.to(…)` asks what self.x is while that is being found out
-        self._asked.append(node)
-        found = self._find_defined(node)
-        self._asked.pop()
-        if not self._asked:  # else what is being found out further up may be missing in it
-            self._defined[node] = found
+        return self.once(("defined", node), lambda: self._find_defined(node))
+
+    def once(self, question: Any, answer: Callable[[], list[Any]]) -> list[Any]:
+        """Answer a question once; asked again while it is being answered, it adds nothing (`self.x = self.x.to(…)`)."""
+        if question in self._known:
+            return self._known[question]
+        if question in self._asked:
+            self._cuts += 1
+            return []
+        self._asked.add(question)
+        cuts = self._cuts
+        found = answer()
+        self._asked.discard(question)
+        if self._cuts == cuts or not self._asked:  # else something that is being answered may be missing in it
+            self._known[question] = found
         return found
 
     def _find_defined(self, node: ast.Name | ast.Attribute) -> list[Any]:
@@ -462,6 +488,9 @@ class Source:
 
     def reached(self, *roots: ast.AST) -> list[Any]:
         """All nodes below the roots, and those of the functions of this module that they name, and so on."""
+        return self.once(("reached", roots), lambda: self._reach(roots))
+
+    def _reach(self, roots: tuple[ast.AST, ...]) -> list[Any]:
         seen: set[ast.AST] = set()
         found, todo = [], list(roots)
         while todo:
@@ -501,12 +530,12 @@ class Source:
 
         None among them: it may also come from elsewhere.
         """
-        return self._origins(node, index, frozenset())
+        return self.once(("origins", node, index), lambda: self._origins(node, index, set()))
 
-    def _origins(self, node: Any, index: tuple[int, ...], seen: frozenset) -> list[Any]:
-        if (node, index) in seen or len(seen) > 40:
-            return [None] if len(seen) > 40 else []
-        seen |= {(node, index)}
+    def _origins(self, node: Any, index: tuple[int, ...], seen: set[Any]) -> list[Any]:
+        if (node, index) in seen or len(index) > 8:
+            return [] if len(index) <= 8 else [None]
+        seen.add((node, index))
         if isinstance(node, ast.Name) and node.id != "self":
             found: list[Any] = []
             bindings = self.bindings(node.id, node)
@@ -528,13 +557,13 @@ class Source:
         if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
             at = node.slice.value
             if isinstance(at, int) and not isinstance(at, bool):
-                through = self._origins(node.value, (at, *index), seen)
+                through = self.origins(node.value, (at, *index))
                 return [node] if through == [None] else through
         if isinstance(node, ast.Call):
             return self._call_origins(node, index, seen)
         return [None] if index or node is None else [node]
 
-    def _bound_origins(self, binding: Binding, use: ast.Name, index: tuple[int, ...], seen: frozenset) -> list[Any]:
+    def _bound_origins(self, binding: Binding, use: ast.Name, index: tuple[int, ...], seen: set[Any]) -> list[Any]:
         if binding.kind == "value":
             return self._origins(binding.node, binding.index + index, seen)
         if binding.kind in ("aug", "def"):
@@ -547,7 +576,7 @@ class Source:
             return [o for e in binding.node.elts for o in self._origins(e, binding.index + index, seen)]
         return [None]
 
-    def _parameter_origins(self, binding: Binding, index: tuple[int, ...], seen: frozenset) -> list[Any]:
+    def _parameter_origins(self, binding: Binding, index: tuple[int, ...], seen: set[Any]) -> list[Any]:
         function: Any = binding.node
         sites = self.sites(function)
         if not sites:
@@ -558,13 +587,13 @@ class Source:
             found += [None] if given is None else self._origins(given, index, seen)
         return _unique(found)
 
-    def _attribute_origins(self, node: ast.Attribute, index: tuple[int, ...], seen: frozenset) -> list[Any] | None:
+    def _attribute_origins(self, node: ast.Attribute, index: tuple[int, ...], seen: set[Any]) -> list[Any] | None:
         if isinstance(node.value, ast.Name) and node.value.id == "self":
             cls = self.owner(node)
         elif self.qual(node):
             return None
         else:
-            classes = [self.made(o) for o in self._origins(node.value, (), seen)]
+            classes = [self.made(o) for o in self.origins(node.value)]
             cls = classes[0] if len(classes) == 1 else None
         if cls is None:
             return None
@@ -577,7 +606,7 @@ class Source:
             found += self._origins(binding.node, binding.index + index, seen) if known else [None]
         return _unique(found)
 
-    def _call_origins(self, node: ast.Call, index: tuple[int, ...], seen: frozenset) -> list[Any]:
+    def _call_origins(self, node: ast.Call, index: tuple[int, ...], seen: set[Any]) -> list[Any]:
         if isinstance(node.func, ast.Attribute) and node.func.attr in SAME_METHODS and not self.qual(node.func):
             if not any(isinstance(d, Function) for d in self.defined(node.func)):
                 return self._origins(node.func.value, index, seen)

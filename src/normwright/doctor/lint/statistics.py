@@ -31,12 +31,14 @@ class Flow:
     """What enters a value.
 
     Arguments:
-        data: it depends on a parameter of the function, so that it may have a gradient.
+        given: it depends on a parameter of the function.
+        data: the same, and may have a gradient.
         statistic: a mean, sum or variance is in it.
         graph: the statistic is in it together with its autograd graph.
         reads: the attributes of self and the parameters that it reads.
     """
 
+    given: bool = False
     data: bool = False
     statistic: bool = False
     graph: bool = False
@@ -44,6 +46,7 @@ class Flow:
 
     def __or__(self, other: Flow) -> Flow:
         return Flow(
+            self.given or other.given,
             self.data or other.data,
             self.statistic or other.statistic,
             self.graph or other.graph,
@@ -51,7 +54,7 @@ class Flow:
         )
 
     def detached(self) -> Flow:
-        return Flow(False, self.statistic, False, self.reads)
+        return Flow(self.given, False, self.statistic, False, self.reads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,16 +79,17 @@ class _Reader:
 
     def __init__(self, source: Source, env: dict[str, Flow] | None = None, depth: int = 0) -> None:
         self.source, self.env, self.depth = source, env, depth
+        self.known: dict[Any, Flow] = {}
         self.busy: set[Any] = set()
 
     def of(self, node: Any, index: tuple[int, ...] = ()) -> Flow:
         if node is None or (node, index) in self.busy or len(self.busy) > 60:
             return Flow()
-        self.busy.add((node, index))
-        try:
-            return self._of(node, index)
-        finally:
+        if (node, index) not in self.known:
+            self.busy.add((node, index))
+            self.known[node, index] = self._of(node, index)
             self.busy.discard((node, index))
+        return self.known[node, index]
 
     def _of(self, node: Any, index: tuple[int, ...]) -> Flow:
         if isinstance(node, ast.Name):
@@ -121,7 +125,7 @@ class _Reader:
         if binding.kind == "param":
             if self.env is not None and binding.dotted in self.env:
                 return self.env[binding.dotted]
-            return Flow(data=True, reads=frozenset({use.id}))
+            return Flow(given=True, data=True, reads=frozenset({use.id}))
         if binding.kind in ("value", "element"):
             if not isinstance(self.source.scope(binding.node), (*Function, ast.Lambda)):
                 return Flow()  # a constant of the module
@@ -150,7 +154,7 @@ class _Reader:
         if name in ("float", "int", "len", "bool", "isinstance", "range") and isinstance(node.func, ast.Name):
             return Flow()
         functions = [d for d in self.source.defined(node.func) if isinstance(d, Function)]
-        if functions and self.depth < 4:
+        if functions and self.depth < 3:
             found = Flow()
             for function in functions:
                 env = self.passed(node, function)
@@ -177,7 +181,7 @@ class _Reader:
         for argument in given:
             inside |= self.of(argument)
         recorded = inside.data and self.source.gradients(node) != "off"
-        return Flow(inside.data, inside.data or inside.statistic, recorded, inside.reads)
+        return Flow(inside.given, inside.data, inside.given or inside.statistic, recorded, inside.reads)
 
     def passed(self, call: ast.Call, function: Any) -> dict[str, Flow]:
         """What a call passes for each parameter of a function."""
@@ -204,6 +208,10 @@ def takes_statistics(source: Source, function: Any) -> list[ast.Call]:
 
 def updates(source: Source, cls: ast.ClassDef) -> list[Update]:
     """Where the methods of a class average statistics of the data into attributes of self."""
+    return source.once(("updates", cls), lambda: _updates(source, cls))
+
+
+def _updates(source: Source, cls: ast.ClassDef) -> list[Update]:
     found: list[Update] = []
     for method in source.methods(cls):
         if method.name in ("__init__", "reset_parameters", "reset_running_stats", "reset", "setup"):
@@ -261,6 +269,8 @@ def _called(source: Source, reader: _Reader, node: ast.Call, depth: int) -> list
     if depth < 3:
         for function in source.defined(node.func):
             if not isinstance(function, Function) or isinstance(source.parents.get(function), ast.ClassDef):
+                continue
+            if not any(_key(source, argument) for argument in (*node.args, *(k.value for k in node.keywords))):
                 continue
             env = reader.passed(node, function)
             for inner in _within(source, function, env, depth + 1):

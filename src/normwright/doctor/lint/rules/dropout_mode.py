@@ -85,6 +85,8 @@ def _conditional(source: Source, call: ast.Call) -> bool:
         if isinstance(parent, Function):
             return any(
                 isinstance(node, ast.If)
+                and isinstance(node.body[-1], ast.Return)
+                and node.lineno < call.lineno
                 and any(isinstance(n, ast.Attribute) and n.attr == "training" for n in ast.walk(node.test))
                 for node in parent.body
             )

@@ -175,7 +175,7 @@ def _made_in(source: Source, loop: Any, kept: str, node: ast.AST) -> bool:
                 return True
     for used in ast.walk(loop):
         if isinstance(used, ast.Name) and used.id == first:
-            made = [b.node for b in source.bindings(first, used)]
+            made = source.origins(used)
             if any(isinstance(m, ast.Call) and dotted(m.func).endswith("deque") for m in made):
                 return True
             # an object of its own kind: `meter += loss` is whatever its class makes of it

@@ -144,7 +144,7 @@ def _unknown(source: Source, nodes: list[Any]) -> bool:
         isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and ("zero" in node.func.attr or "clear" in node.func.attr or "reset" in node.func.attr)
-        and node.func.attr not in ("zero_", "zeros", "zeros_like", "reset_parameters", "empty_cache")
+        and node.func.attr not in ("zero_grad", "zero_", "zeros", "zeros_like", "reset_parameters", "empty_cache")
         and not source.qual(node.func).startswith("torch.")
         and not source.callees(node)
         and (dotted(node.func.value) == "self" or is_optimizer(source, node.func.value))
