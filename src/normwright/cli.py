@@ -618,8 +618,15 @@ def _print_page(found: Any, console: Console) -> None:
     for title, text in page.sections.items():
         console.print(Text(f"\n{title}", "bold"))
         code = title in ("Example", "Use instead")
-        shown = Syntax(text, "python", theme="ansi_dark", background_color="default") if code else Text(text)
+        shown = Syntax(text, "python", theme="ansi_dark", background_color="default", word_wrap=True)
+        shown = shown if code else Text(_flowing(text))
         console.print(Padding(shown, (0, 0, 0, 2)))
+
+
+def _flowing(text: str) -> str:
+    """Prose without the line breaks of the docstring; lists keep theirs."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(p if p.lstrip().startswith(("-", "*")) else " ".join(p.split()) for p in paragraphs)
 
 
 @app.command()
