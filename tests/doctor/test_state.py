@@ -173,6 +173,36 @@ class AlwaysBatch(Batch):
             self.training = training
 
 
+class Always(Batch):
+    """Normalizes by moving statistics, and moves them, in either mode."""
+
+    def forward(self, x):
+        dims = (0, *range(2, x.dim()))
+        self.update(x.mean(dims), x.var(dims))
+        training, self.training = self.training, False
+        y = super().forward(x)
+        self.training = training
+        return y
+
+
+class Network(nn.Module):
+    """A batch norm written out in the forward of a whole network."""
+
+    def __init__(self, inner=6):
+        super().__init__()
+        self.first, self.last = nn.LazyLinear(inner), nn.Linear(inner, 2)
+        self.mean = torch.zeros(inner)
+
+    def forward(self, x):
+        h = self.first(x.flatten(1))
+        if self.training:
+            mean = h.mean(0)
+            self.mean = 0.9 * self.mean + 0.1 * mean
+        else:
+            mean = self.mean
+        return self.last((h - mean).relu())
+
+
 class ByGradMode(Batch):
     def forward(self, x):
         mode, self.training = self.training, torch.is_grad_enabled()
@@ -230,6 +260,12 @@ def test_the_defects_of_the_book_are_proved_and_fix_removes_each(around, dims, s
         assert type(receipt.model[1]) is Book
 
 
+def test_statistics_in_the_forward_of_a_whole_network():
+    model, inputs = Network(), torch.randn(32, 5)
+    model(inputs)
+    assert codes(found(model, inputs)) == {"NW501", "NW502", "NW503"}
+
+
 def test_what_an_optimizer_learned_is_carried_into_the_replacement():
     model, inputs = conv(Batch(6)), torch.randn(IMAGES)
     model[1].m.fill_(0.3)
@@ -273,6 +309,7 @@ def test_a_norm_that_no_batch_norm_replaces_has_help_and_no_repair():
         (lambda: AlwaysBatch(6), "NW507", "warning"),
         (lambda: Trained(6), "NW508", "warning"),
         (lambda: Lost(6), "NW512", "error"),
+        (lambda: Always(6), "NW513", "error"),
     ],
 )
 @pytest.mark.parametrize(("around", "size"), [(conv, IMAGES), (dense, (128, 5))])
@@ -476,6 +513,16 @@ class OwnConv(nn.Conv2d):
         return self._conv_forward(x, self.weight, self.bias)
 
 
+class Shown(Batch):
+    """Normalizes by the batch in both modes, and keeps the last mean to be looked at."""
+
+    def forward(self, x):
+        dims, shape = (0, *range(2, x.dim())), shape_of(x.shape[1], x.dim())
+        self.last = x.detach().mean(dims)
+        var = x.var(dims, correction=0).view(shape)
+        return (x - x.mean(dims).view(shape)) / self.divide(var)
+
+
 class Rotary(nn.Module):
     def forward(self, x):
         if not hasattr(self, "cos"):
@@ -527,6 +574,7 @@ class Average(nn.Module):
         Hidden,
         lambda: Codebook(6),
         Noise,
+        lambda: Shown(6),
         Unit,
         Rotary,
         lambda: nn.utils.parametrizations.spectral_norm(OwnConv(6, 6, 1)),

@@ -137,7 +137,8 @@ class HandWritten:
     Arguments:
         name: qualified; `module`: the model's own, never run here.
         x: the input that it met in a training forward; `args` and `kwargs`: what else it was called with.
-        moved: labels of the tensors that a training forward moves and an evaluation forward does not.
+        moved: labels of the tensors that training forwards move, and that evaluation leaves or that average the input.
+        at_evaluation: those of them that an evaluation forward moves too.
     """
 
     name: str
@@ -146,6 +147,7 @@ class HandWritten:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     moved: tuple[str, ...] = ()
+    at_evaluation: tuple[str, ...] = ()
     ways: dict[str, Way] = field(default_factory=dict)
 
     def copy(self, dtype: torch.dtype | None = None) -> nn.Module:
@@ -488,8 +490,8 @@ def _search(subject: Subject) -> list[HandWritten]:
             return
         values, x = before[module]
         moves[module.training][module] = _moved(values, _values(module))
-        same = isinstance(output, Tensor) and output.shape == x.shape
-        if module.training and same and (_plainly(module) or moves[True][module]):
+        norm_like = isinstance(output, Tensor) and output.shape == x.shape and _plainly(module)
+        if module.training and isinstance(output, Tensor) and (norm_like or moves[True][module]):
             met[module] = HandWritten(modules[module], module, x, args[1:], kwargs)
 
     for training in (True, False):
@@ -512,9 +514,12 @@ def _search(subject: Subject) -> list[HandWritten]:
                 handle.remove()
     found = []
     for module, one in met.items():
-        one.moved = tuple(sorted(moves[True][module] - moves[False].get(module, set())))
+        one.moved, always = tuple(sorted(moves[True][module])), moves[False].get(module, set())
         try:
-            if one.roles or (_plainly(module) and one.way is not None) or one.statistics:
+            # what evaluation moves too is a cache or a state of its own, unless it averages the input
+            one.moved = tuple(label for label in one.moved if label not in always or label in one.roles)
+            one.at_evaluation = tuple(label for label in one.moved if label in always)
+            if one.roles or one.statistics or (_plainly(module) and one.way is not None):
                 found.append(one)
         except Exception as error:
             # a module that cannot be copied cannot be looked at alone

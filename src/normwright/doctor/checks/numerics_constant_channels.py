@@ -12,8 +12,9 @@ from ..probe import Subject
 
 # of eps: the output then has a tenth of its deviation and less
 _PART = 0.01
-# batches from which on "always" is said
+# batches from which on "always" is said; with fewer, units that are dead by chance are not worth a word
 _ALWAYS = 3
+_SHARE = 0.5
 _BATCHES = 8
 
 
@@ -23,7 +24,8 @@ class ConstantChannels(Check):
     What it does
         Takes the variance of each channel at each batch norm over up to 8 batches of the loader, or one of inputs, and
         the movement of its mean between them. A channel whose variance is below a hundredth of eps leaves the layer as
-        its bias. All channels of a layer, in 3 batches or more, is a warning; some, or in one batch, is advice.
+        its bias. All channels of a layer, in 3 batches or more, is a warning; some of them, or half in fewer batches,
+        is advice.
 
     Why is this bad
         The channel carries nothing. Its running variance goes to 0, so that the first sample at evaluation in which it
@@ -70,7 +72,7 @@ class ConstantChannels(Check):
             whole = variances.mean(0) + means.var(0, correction=0)
             constant = whole < _PART * eps
             count, total = int(constant.sum()), constant.numel()
-            if not count:
+            if not count or (len(batches) < _ALWAYS and count < _SHARE * total):
                 continue
             always = count == total and len(batches) >= _ALWAYS
             yield self.finding(

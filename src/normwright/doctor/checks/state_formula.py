@@ -86,7 +86,8 @@ def _wrong(one: HandWritten) -> tuple[str, dict[str, float], str, str] | None:
     if not way.name.startswith("BatchNorm") or not one.roles:
         return None
     again = one.way_in_evaluation
-    if again is not None and again.name == way.name and not one.statistics:
+    averages = any(role.keep > _FIT for role in one.roles.values())
+    if averages and again is not None and again.name == way.name and not one.statistics:
         what = f"it averages {' and '.join(one.roles)}, and evaluation does not use them but the batch's own statistics"
         numbers = {"misfit of the batch's statistics at evaluation": again.residual}
         return what, numbers, "warning", "At evaluation (not self.training) normalize by the moving statistics."
