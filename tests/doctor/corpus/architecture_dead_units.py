@@ -13,7 +13,7 @@ CODES = {"NW708"}
 
 
 def program(bias):
-    x, y = blobs()
+    x, y = blobs(2048)
     model = nn.Sequential(
         nn.Linear(12, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)
     )

@@ -17,10 +17,12 @@ def conv(inner, outer, batch_norm, bias):
 
 
 def program(bias_where_no_norm):
-    x, _ = images(64, size=16)
-    first = conv(1, 8, False, bias_where_no_norm)
-    last = nn.Sequential(nn.Conv2d(16, 1, 4, 1, 0, bias=bias_where_no_norm), nn.Flatten())
-    model = nn.Sequential(first, nn.LeakyReLU(0.2), conv(8, 16, True, False), nn.LeakyReLU(0.2), last)
+    x, _ = images(64, size=64)
+    model = nn.Sequential(
+        conv(1, 8, False, bias_where_no_norm), nn.LeakyReLU(0.2),
+        conv(8, 16, True, False), nn.LeakyReLU(0.2), conv(16, 32, True, False), nn.LeakyReLU(0.2),
+        conv(32, 32, True, False), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(32 * 16, 1),
+    )  # fmt: skip
     return {"model": model, "inputs": x}
 
 

@@ -1,4 +1,4 @@
-"""Running statistics are kept as parameters without gradient, where an optimizer with weight decay finds them.
+"""Running statistics are parameters without gradient, until the usual loop that unfreezes a network unfreezes them.
 
 Modelled on jmclong/random-fourier-features-pytorch pull request 7, "fix: use register_buffer instead of creating
 parameter with no grad for b", https://github.com/jmclong/random-fourier-features-pytorch/pull/7
@@ -36,7 +36,10 @@ class ParameterNorm(nn.Module):
 def program(buffers):
     x, y = blobs()
     model = nn.Sequential(nn.Linear(12, 24, bias=False), ParameterNorm(24, buffers), nn.ReLU(), nn.Linear(24, 4))
-    return examined(fit(model, x, y), x, y)
+    model = fit(model, x, y)
+    for p in model.parameters():  # fine-tuning begins, of everything
+        p.requires_grad_(True)
+    return examined(model, x, y)
 
 
 def buggy():

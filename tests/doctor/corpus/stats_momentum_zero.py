@@ -1,7 +1,7 @@
 """With momentum 0 the running statistics stay 0 and 1 however long the model trains.
 
-Modelled on pytorch/pytorch issue 15298, "Momentum problem (1-momentum is correct?) in BatchNorm2d",
-https://github.com/pytorch/pytorch/issues/15298
+Modelled on Cadene/pretrained-models.pytorch issue 5, "BatchNorm momentum set to 0 in Inception models",
+https://github.com/Cadene/pretrained-models.pytorch/issues/5
 """
 
 from torch import nn
