@@ -389,7 +389,7 @@ def _losses(subject: Subject, halves: list[list[_Part]], outputs: list[list[Any]
     for half, ran in zip(halves, outputs, strict=True):
         for (_, targets), output in zip(half, ran, strict=True):
             targets = subject.targets if targets is None else targets
-            found += [float(subject.loss(*part)) for part in _parts(output, targets)]
+            found += [float(torch.as_tensor(subject.loss(*part)).detach()) for part in _parts(output, targets)]
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -15,6 +14,7 @@ from ..probe import NormCall, Subject
 # Deviations between where the statistics stop and where they should be. bfloat16 alone leaves about 2% of a deviation
 # (an update below 2⁻⁹ of the value is lost, so at momentum 0.1 the last 2⁻⁹ / 0.1 of it stays), which harms nobody.
 LEAST = 0.25
+LENGTHS = 20  # 1 / momentum each: nothing that moves still moves then
 MOST_STEPS = 3000  # on so much of the input, some 50 ms a layer
 SAMPLES, PLACES = 32, 4
 KEYS = ("running_mean", "running_var")
@@ -25,7 +25,7 @@ class StagnantStatistics(Check):
 
     What it does
         Trains each layer whose running statistics are float16 or bfloat16 on its own recorded input, a copy of it with
-        float32 statistics beside it, for three averaging lengths 3 / momentum, and compares where both end. A model
+        float32 statistics beside it, until the former stop, and compares where both are. A model
         in evaluation mode, of which no training is known, is reported only if its statistics are wrong now.
 
     Why is this bad
@@ -75,25 +75,24 @@ class StagnantStatistics(Check):
             low.discard(module)  # its first call is enough
             if not trains and (not counter(module) or _rms(distance(module, moments.mean, moments.var)) < LEAST):
                 continue
-            steps = min(math.ceil(3 / momentum(module)), MOST_STEPS)  # type: ignore[operator]
-            left, moved = _trained(subject, call, steps)
-            if left < LEAST:
+            left, steps, moved = _trained(subject, call)
+            if moved or left < LEAST:
                 continue
             kind = str(call.module.running_var.dtype).removeprefix("torch.")
             yield self.finding(
                 call.name,
                 f"after {steps} updates on one batch the {kind} statistics of "
-                f"{subject.name(module)} are {left:.2g} deviations from those that float32 reaches, and the last update "
-                f"moved {moved} of {2 * moments.mean.numel()} of them.",
+                f"{subject.name(module)} are {left:.2g} deviations from those that float32 reaches, and the last "
+                f"update moves none of {2 * moments.mean.numel()}.",
                 help="Keep the norms in float32 (for m in model.modules(): if it is a batch norm, m.float()), or train "
                 "under torch.autocast instead of model.half(); then nw.recalibrate(model, loader).",
                 falsify="the same updates bring half-precision and float32 statistics to the same values.",
-                numbers={"apart, sd": left, "updates": steps, "moved by the last": moved},
+                numbers={"apart, sd": left, "updates": steps, "moved by the last": 0},
             )
 
 
-def _trained(subject: Subject, call: NormCall, steps: int) -> tuple[float, int]:
-    """How far half-precision and float32 statistics end from each other, in deviations, and how many still move."""
+def _trained(subject: Subject, call: NormCall) -> tuple[float, int, int]:
+    """How far half-precision and float32 statistics are apart when the former stop, the updates, how many still move."""
     module, weight = call.module, float(momentum(call.module))  # type: ignore[arg-type]
     x = call.x[:SAMPLES]
     for dim in range(2, x.dim()):
@@ -112,17 +111,16 @@ def _trained(subject: Subject, call: NormCall, steps: int) -> tuple[float, int]:
         for p, value in zip(own, kept, strict=True):
             p.data = value
         module._buffers |= start
-        moved = 0
-        for _ in range(steps):
+        steps, moved = 0, 1
+        while moved and steps < min(LENGTHS / weight, MOST_STEPS):
             before = {key: module._buffers[key].clone() for key in KEYS}  # type: ignore[union-attr]
             module(x, **call.kwargs)
+            steps += 1
             moved = sum(int((module._buffers[key] != value).sum()) for key, value in before.items())  # type: ignore[union-attr]
-            if not moved:
-                break
         # an average in float32 would be there but for this share of the way
         rest = (1 - weight) ** steps
         wide = {key: batch[key] + rest * (value.float() - batch[key]) for key, value in start.items()}
-        return _rms(distance(module, wide["running_mean"].double(), wide["running_var"].double())), moved
+        return _rms(distance(module, wide["running_mean"].double(), wide["running_var"].double())), steps, moved
 
 
 def _rms(channels: Tensor) -> float:

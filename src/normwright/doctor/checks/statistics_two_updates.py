@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ...surgery.receipt import tensors_in
 from ..check import Check, Finding
 from ..moments import momentum, trial
 from ..probe import Subject
@@ -69,11 +70,11 @@ class TwoUpdates(Check):
         with trial(subject) as model, torch.enable_grad():
             model.train()
             start = {name: _state(module) for name, module in tracked.items()}
-            loss = subject.loss_value(subject.run())
+            outputs = [t for t in tensors_in(subject.run()) if t.is_floating_point() and t.requires_grad]
             forward = {name: _state(module) for name, module in tracked.items()}
-            if not loss.requires_grad:
+            if not outputs:
                 return
-            loss.backward()
+            torch.autograd.backward([output.float().square().mean() for output in outputs])
             end = {name: _state(module) for name, module in tracked.items()}
         for name, module in tracked.items():
             key = next((k for k in ("running_mean", "running_var") if k in end[name]), None)

@@ -23,8 +23,8 @@ class UntouchedStatistics(Check):
     """The layer was trained, and its running statistics are still those of a new layer.
 
     What it does
-        Looks for running means that are exactly 0 and variances that are exactly 1, never counted, in a layer with
-        proof of training: the optimizer has a state for its weight or bias, these hold a gradient, its bias has become
+        Looks for running means that are exactly 0 and variances that are exactly 1 in a layer with
+        proof of training: it has counted batches, the optimizer has a state for its weight or bias, these hold a gradient, its bias has become
         different from channel to channel, or the checkpoint has statistics for it (or has its weight and lacks them).
         With inputs, the layer has to be called in evaluation and its input has to be something else than 0 and 1.
         A new model, a new head on a trained network and copies that evaluation does not call have no such proof.
@@ -74,7 +74,7 @@ class UntouchedStatistics(Check):
         left = names_below(subject, AveragedModel)
         found: dict[str, str] = {}
         for name, module in subject.tracked().items():
-            if not untouched(module) or counter(module) or momentum(module) == 0 or module in left:
+            if not untouched(module) or momentum(module) == 0 or module in left:
                 continue
             if proof := trained(subject, name, module):
                 found[name] = proof
@@ -109,13 +109,12 @@ class UntouchedStatistics(Check):
         helps = change is not None and change.share > 0.05 and change.sure > 3
         return self.finding(
             names,
-            f"the running statistics of {first} are exactly 0 and 1 after 0 batches{also}, and {found[names[0]]}"
-            f"{measured}{shown}.",
+            f"the running statistics of {first} are exactly 0 and 1{also}, and {found[names[0]]}{measured}{shown}.",
             help="Save and load the whole state_dict, buffers included; train in training mode, model.train(); if the "
             "weights are right and only the statistics are missing, nw.recalibrate(model, loader).",
             falsify="the layer was never part of a training step, or its input has mean 0 and variance 1.",
             numbers={
-                "batches counted": 0,
+                "batches counted": counter(subject.modules[names[0]]) or 0,
                 **({"off by, sd": far[names[0]]} if far else {}),
                 **(change.numbers if change else {}),
             },
@@ -127,6 +126,8 @@ class UntouchedStatistics(Check):
 
 def trained(subject: Subject, name: str, module: nn.Module) -> str:
     """The proof that a training step changed the layer; empty if there is none."""
+    if count := counter(module):
+        return f"training forwards, of which it counted {count}, would have moved them"
     own = [(key, p) for key, p in module.named_parameters(recurse=False) if not nn.parameter.is_lazy(p)]
     if subject.optimizer is not None:
         for key, parameter in own:
