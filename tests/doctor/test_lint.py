@@ -394,6 +394,12 @@ class Observations(nn.Module):
     def forward(self, x):
         self.running_mean = 0.9 * self.running_mean + 0.1 * x.mean(0)
         return x - self.running_mean
+
+class Policy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.observations = Observations(4)
+        self.net = nn.Sequential(Observations(4), nn.Linear(4, 2))
 """,
     "softmax into cross-entropy in many ways": HEAD
     + """
@@ -1081,6 +1087,15 @@ with torch.no_grad():
     for x, y in loader:
         print((model(x).argmax(1) == y).float().mean())
 """,
+    "one backward is no training": HEAD
+    + MODEL
+    + """
+net = Net()
+x = torch.randn(2, 1, 28, 28)
+loss = net(x).sum()
+loss.backward()
+assert net(x).shape == (2, 10)
+""",
     "momentum and eps": HEAD
     + """
 from functools import partial
@@ -1180,6 +1195,10 @@ class Net(nn.Module):
         if self.training:
             x = F.dropout(x)
         return F.dropout(x, **self.options)
+
+class Prenet(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5)
 
 def augment(x):
     return F.dropout(x, 0.1)

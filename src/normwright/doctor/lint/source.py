@@ -159,8 +159,9 @@ class Source:
         if isinstance(node, ast.Assign):
             for target in node.targets:
                 found += _targets(target, node.value, "value")
-        elif (isinstance(node, ast.AnnAssign) and node.value is not None) or isinstance(node, ast.NamedExpr):
-            found += _targets(node.target, node.value, "value")
+        elif isinstance(node, (ast.AnnAssign, ast.NamedExpr)):
+            if node.value is not None:
+                found += _targets(node.target, node.value, "value")
         elif isinstance(node, ast.AugAssign):
             found += [(name, Binding("aug", node)) for name, _ in _targets(node.target, node.value, "value")]
         elif isinstance(node, (ast.For, ast.AsyncFor)):
@@ -265,12 +266,11 @@ class Source:
     def bindings(self, name: str, node: ast.AST) -> list[Binding]:
         """What a name may stand for where `node` is; empty if it is bound nowhere in the module."""
         for parent, child in self.up(node):
-            bound_here = isinstance(parent, Comprehension) and any(
-                isinstance(n, ast.Name) and n.id == name for g in parent.generators for n in ast.walk(g.target)
-            )
-            if bound_here:
-                generator = next(g for g in parent.generators if name in {n for n, _ in _targets(g.target, g.iter, "")})
-                return [] if child is generator else [Binding("element", generator.iter)]
+            for generator in parent.generators if isinstance(parent, Comprehension) else ():
+                if generator is child and any(n is node for n in ast.walk(generator.iter)):
+                    break  # what is iterated over is read before the name is bound
+                if name in {bound for bound, _ in _targets(generator.target, generator.iter, "")}:
+                    return [Binding("element", generator.iter)]
             if isinstance(parent, ast.stmt):
                 break
         scope = first = self.scope(node)
@@ -607,9 +607,9 @@ class Source:
         return _unique(found)
 
     def _call_origins(self, node: ast.Call, index: tuple[int, ...], seen: set[Any]) -> list[Any]:
-        if isinstance(node.func, ast.Attribute) and node.func.attr in SAME_METHODS and not self.qual(node.func):
-            if not any(isinstance(d, Function) for d in self.defined(node.func)):
-                return self._origins(node.func.value, index, seen)
+        same = isinstance(node.func, ast.Attribute) and node.func.attr in SAME_METHODS and not self.qual(node.func)
+        if same and not any(isinstance(d, Function) for d in self.defined(node.func)):
+            return self._origins(node.func.value, index, seen)  # type: ignore[attr-defined]
         if self.qual(node.func) in SAME_FUNCTIONS and node.args:
             return self._origins(node.args[0], index, seen)
         if isinstance(node.func, ast.Attribute) and node.func.attr in ("prepare", "setup") and node.args:

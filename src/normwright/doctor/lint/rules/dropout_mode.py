@@ -71,6 +71,8 @@ class DropoutWithoutMode(Rule):
             function, cls = source.function(call), source.owner(call)
             if function is None or cls is None or function.name != "forward" or not source.is_module(cls):
                 continue
+            if "prenet" in cls.name.lower():
+                continue  # Tacotron 2 (arXiv:1712.05884, 2.2) drops in its pre-net at synthesis on purpose
             p = keyword(call, "p", 1)
             if (isinstance(p, ast.Constant) and p.value == 0) or _conditional(source, call):
                 continue

@@ -170,9 +170,9 @@ def _made_in(source: Source, loop: Any, kept: str, node: ast.AST) -> bool:
                 return True
         if isinstance(inner, (ast.For, ast.AsyncFor)) and any(dotted(p) == first for p in ast.walk(inner.target)):
             return True
-        if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute):
-            if inner.func.attr in ("clear", "pop", "popleft", "detach_") and dotted(inner.func.value) == kept:
-                return True
+        forgets = {f"{kept}.{method}" for method in ("clear", "pop", "popleft", "detach_")}
+        if isinstance(inner, ast.Call) and dotted(inner.func) in forgets:
+            return True
     for used in ast.walk(loop):
         if isinstance(used, ast.Name) and used.id == first:
             made = source.origins(used)

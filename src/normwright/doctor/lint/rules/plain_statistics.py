@@ -12,8 +12,10 @@ from ..statistics import is_running_name, updates
 
 MADE = {
     f"torch.{name}"
-    for name in ("zeros", "ones", "full", "tensor", "empty", "rand", "randn", "eye", "zeros_like", "ones_like", "Tensor",
-                 "FloatTensor", "as_tensor", "full_like", "empty_like")
+    for name in (
+        "zeros", "ones", "full", "tensor", "empty", "rand", "randn", "eye", "zeros_like", "ones_like", "Tensor",
+        "FloatTensor", "as_tensor", "full_like", "empty_like",
+    )
 }  # fmt: skip
 
 

@@ -135,6 +135,8 @@ def _trained_after(source: Source, scope: Any, call: ast.Call, name: str) -> boo
                 return False  # made anew
     own = [n for n in later if is_backward(n)]
     if own:
+        if not any(source.loops_around(n) for n in own):
+            return False  # one backward shows that it runs, and trains nothing
         return any(isinstance(n, ast.Call) and dotted(n.func) == name for n in later)
     for node in later:
         if isinstance(node, ast.Call) and name in {dotted(a) for a in (*node.args, *(k.value for k in node.keywords))}:

@@ -88,17 +88,18 @@ class StatisticsKeepGraph(Rule):
 
 
 def _in_network(source: Source, cls: ast.ClassDef) -> bool:
-    """Whether what a layer is given may need a gradient: it has parameters, or is put into a network."""
+    """Whether what a layer is given may need a gradient: it has parameters, or stands behind others in a Sequential.
+
+    One without either may normalize a network's input, such as the observations of an agent.
+    """
     if parameters_of(source, cls):
         return True
     for call in source.calls:
         if source.made(call) is cls:
-            owner = source.owner(call)
-            inside = any(
-                isinstance(p, ast.Call) and source.qual(p.func) == "torch.nn.Sequential" for p, _ in source.up(call)
-            )
-            if inside or (owner is not None and owner is not cls and source.is_module(owner)):
-                return True
+            for parent, child in source.up(call):
+                inside = isinstance(parent, ast.Call) and source.qual(parent.func) == "torch.nn.Sequential"
+                if inside and parent.args and child is not parent.args[0]:  # type: ignore[attr-defined]
+                    return True
     return False
 
 

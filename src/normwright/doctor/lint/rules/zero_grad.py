@@ -178,7 +178,7 @@ def _by_hand(source: Source) -> Iterable[Found]:
         target = _stepped_by_hand(node)
         if target is None:
             continue
-        for loop, inner in in_loops(source, node):
+        for loop, _ in in_loops(source, node):
             nodes = source.reached(loop)
             if not backward_calls(nodes):
                 continue
