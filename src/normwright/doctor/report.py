@@ -116,9 +116,9 @@ class Report:
                         receipts.append(receipt)
                         if self.model is None or unwrap(self.model) is not unwrap(receipt.model):
                             copied, self.model = self.model is not None, receipt.model
-            except (CannotRun, RuntimeError, ValueError, TypeError) as error:
-                # what was mended before stays so, and its receipts must reach the caller
-                self.unfixed.append(Unfixed(found, str(error)))
+            except Exception as error:  # what was mended before stays so, and its receipts must reach the caller
+                told = isinstance(error, (CannotRun, RuntimeError, ValueError, TypeError))
+                self.unfixed.append(Unfixed(found, str(error) if told else repr(error)))
         self.receipts += receipts
         return receipts
 
