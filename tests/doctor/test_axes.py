@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import normwright as nw
-from normwright.doctor.axes import FEATURES, PLACES, UNKNOWN, _reshaped, axes_at_norms
+from normwright.doctor.axes import FEATURES, PLACES, SEQUENCE, UNKNOWN, _reshaped, axes_at_norms
 from normwright.doctor.checks.axes_padding import valid_positions
 from normwright.doctor.probe import Subject
 
@@ -83,6 +83,17 @@ def test_roles_are_followed_through_a_vision_transformer():
     )
     reads = {call.name: call.reads for call in calls}
     assert reads == {"first": {("linear", 2)}, "second": {("linear", 2)}, "third": {("pooled", 1)}}
+
+
+def test_places_that_attention_reads_are_a_sequence():
+    def forward(self, x):
+        t = self.patch(x).flatten(2).transpose(1, 2)
+        return self.norm(t + self.attention(t, t, t)[0])
+
+    attention = nn.MultiheadAttention(16, 2, batch_first=True)
+    model = Made(forward, patch=nn.Conv2d(3, 16, 4, 4), attention=attention, norm=nn.LayerNorm(16))
+    calls, _ = axes_at_norms(Subject(model, torch.randn(2, 3, 16, 16)))
+    assert [call.roles for call in calls] == [(UNKNOWN, SEQUENCE, FEATURES)]
 
 
 def test_following_leaves_no_mark_on_the_models_own_tensors():
@@ -173,6 +184,16 @@ class TokenMixer(nn.Module):
             torch.randint(0, 50, (32, 16)),
         ),
         (TokenMixer(), torch.randn(16, 3, 16, 16)),
+        # whatever else reads it, a convolution takes axis 1 as channels
+        (
+            Made(
+                lambda self, x: self.conv(y := self.norm(self.embed(x))).mean((1, 2)) + y.mean(1).mean(1),
+                embed=nn.Embedding(50, 8),
+                norm=nn.BatchNorm1d(12),
+                conv=nn.Conv1d(12, 4, 3),
+            ),
+            torch.randint(0, 50, (32, 12)),
+        ),
         # fields of a table, each with an embedding of its own scale, flattened
         (
             Made(
@@ -282,6 +303,8 @@ class Mixer(nn.Module):
         (nn.Sequential(nn.LayerNorm(20), nn.Conv1d(4, 8, 3)), (4, 4, 20)),
         (nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.LayerNorm(8)), (8, 3, 4)),
         (Mixer(), (4, 3, 16, 16)),
+        # tokens as the channels of a convolution of size 1, without a residual
+        (nn.Sequential(nn.Linear(4, 12), nn.Conv1d(16, 16, 1), nn.LayerNorm(12)), (4, 16, 4)),
     ],
 )
 def test_layer_norms_that_are_well(model, inputs):

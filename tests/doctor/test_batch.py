@@ -295,6 +295,22 @@ def test_shuffled_and_random_data_are_silent(seed):
     assert codes(mlp(), loader=DataLoader(TensorDataset(torch.randn(512, 4)), batch_size=32)) == []
 
 
+def test_what_chance_makes_and_what_is_too_little_to_matter():
+    # few samples of one channel: F above 2 is nothing rare
+    ratios = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        loader = DataLoader(TensorDataset(torch.randn(12, 1)), batch_size=3)
+        ratios.append(_ratio([x for (x,) in loader]))
+        assert codes(nn.Sequential(nn.BatchNorm1d(1)), loader=loader, ignore=("NW202",)) == []
+    assert sum(ratio > 2 for ratio in ratios) > 2
+    # beyond chance, and yet less than sampling itself
+    x = torch.randn(4096, 4) + 0.045 * torch.randn(16, 4).repeat_interleave(256, 0)
+    assert 1.3 < _ratio(list(x.split(256))) < 2
+    loader = DataLoader(TensorDataset(x), batch_size=256)
+    assert codes(nn.Sequential(nn.BatchNorm1d(4)), loader=loader) == []
+
+
 def test_correlated_traps():
     data = classes()
     assert codes(mlp().eval(), loader=DataLoader(data, batch_size=32)) == []

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...layers import twins
 from ...surgery.receipt import tensors_in
 from ..axes import FEATURES, PLACES, SEQUENCE, NormAxes, axes_at_norms
 from ..check import Check, Finding
@@ -62,8 +61,8 @@ class LayerNormOverTokens(Check):
         calls, _ = axes_at_norms(subject)
         found: dict[Any, tuple[NormAxes, float, str]] = {}
         for call in calls:
-            # a subclass may have its own idea of the axes
-            known = type(call.module).forward in _FORWARDS and call.finished and call.module not in found
+            # a subclass may have its own idea of the axes, which the experiments tell
+            known = isinstance(call.module, nn.LayerNorm) and call.finished and call.module not in found
             if known and (fault := _fault(subject, call)) is not None:
                 found[call.module] = (call, *fault)
         for kind in dict.fromkeys(kind for _, _, kind in found.values()):
@@ -86,7 +85,6 @@ class LayerNormOverTokens(Check):
                 )
 
 
-_FORWARDS = {nn.LayerNorm.forward, twins.LayerNorm.forward}
 _TEXTS = {
     "places": ("places, and no features; an offset of each feature moves its output by {:.1g}.", "output_change"),
     "tokens": (
