@@ -323,6 +323,7 @@ def test_reestimated_statistics_a_momentum_encoder_and_layer_norm_are_no_validat
         for _ in range(10):
             step(model, optimizer)
     assert codes(watch) == []
+    assert [watch.log.layers[name].unrecorded for name in ("query.1", "key.1")] == [0, 0]
 
     model = mlp()
     optimizer = sgd(model)
