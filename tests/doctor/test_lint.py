@@ -403,6 +403,7 @@ class Policy(nn.Module):
 """,
     "softmax into cross-entropy in many ways": HEAD
     + """
+from collections import OrderedDict
 from torch.nn import CrossEntropyLoss, Sequential
 from torch.nn.functional import cross_entropy, softmax as sm
 
@@ -433,6 +434,7 @@ layers = [nn.Linear(4, 8), nn.ReLU()]
 layers.append(nn.Linear(8, 3))
 layers.append(nn.Softmax(dim=1))
 grown = nn.Sequential(*layers)
+ordered = nn.Sequential(OrderedDict([("fc", nn.Linear(4, 3)), ("softmax", nn.Softmax(dim=1))]))
 mean = torch.randn(2, 4)
 y = torch.zeros(2).long()
 a = cross_entropy(sm(seq(mean), dim=1), y)  # !NW904
@@ -440,6 +442,8 @@ b = F.cross_entropy(input=seq(mean), target=y)  # !NW904
 probs = mean.softmax(-1)
 c = nn.CrossEntropyLoss()(probs.float(), y)  # !NW904
 d = F.cross_entropy(grown(mean), y)  # !NW904
+
+g = F.cross_entropy(ordered(mean), y)  # !NW904
 
 def train(model, criterion):
     return criterion(model(mean), y)  # !NW904
@@ -758,6 +762,31 @@ class Module:
             loss.backward()
             self.optimizer.step()
 """,
+    "losses that keep their graph, differentiated otherwise": HEAD
+    + """
+def mixed(model, loader, optimizer, scaler, accelerator):
+    a, b, c = 0, 0, 0
+    for x, y in loader:
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        a += loss  # !NW906
+    for i, (x, y) in enumerate(loader):
+        loss = F.mse_loss(model(x), y)
+        (loss / 4).backward()
+        if i % 4 == 3:
+            optimizer.step()
+            optimizer.zero_grad()
+        b = b + loss  # !NW906
+    for x, y in loader:
+        optimizer.zero_grad()
+        first, second = F.mse_loss(model(x), y), model(x).abs().mean()
+        accelerator.backward(first + 0.1 * second)
+        optimizer.step()
+        c += first.item() + second  # !NW906
+    return a, b, c
+""",
     "losses without their graph": HEAD
     + """
 from collections import deque
@@ -850,6 +879,75 @@ for epoch in range(10):
             model.eval()  # !NW907
             with torch.no_grad():
                 print(model(x_val).argmax(1).eq(y_val).float().mean())
+""",
+    "train mode is not restored in a trainer": HEAD
+    + """
+from torchvision import models
+
+class Trainer:
+    def __init__(self, model, train_loader, test_loader):
+        self.model = model.to("cuda")
+        self.optimizer = optim.SGD(model.parameters(), lr=0.1)
+        self.train_loader, self.test_loader = train_loader, test_loader
+
+    def train_epoch(self):
+        for x, y in self.train_loader:
+            self.optimizer.zero_grad()
+            loss = F.cross_entropy(self.model(x), y)
+            loss.backward()
+            self.optimizer.step()
+
+    def validate(self):
+        self.model.eval()  # !NW907
+        return sum((self.model(x).argmax(1) == y).sum().item() for x, y in self.test_loader)
+
+    def fit(self, epochs):
+        self.model.train()
+        for _ in range(epochs):
+            self.train_epoch()
+            self.validate()
+
+Trainer(models.resnet18(num_classes=10), [], []).fit(3)
+""",
+    "a network of torchvision": HEAD
+    + """
+from torchvision.models import resnet18, alexnet
+
+def step(model, loader):
+    optimizer = optim.Adam(model.parameters())
+    for x, y in loader:
+        loss = nn.CrossEntropyLoss().cuda()(model(x), y)
+        loss.backward()
+        optimizer.step()  # !NW905
+
+model = resnet18(weights=None)
+model.fc = nn.Linear(512, 10)
+print(model(torch.randn(1, 3, 224, 224)).shape)  # !NW908
+step(model, loader)
+with torch.no_grad():
+    for x, y in loader:
+        print((model(x).argmax(1) == y).sum())  # !NW910
+""",
+    "a Lightning module": HEAD
+    + """
+import pytorch_lightning as pl
+
+class Lit(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3), nn.Softmax(dim=-1))
+        self.loss = nn.CrossEntropyLoss()
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, index):
+        x, y = batch
+        out = self(x)
+        return self.loss(out, y)  # !NW904
+
+    def configure_optimizers(self):
+        return optim.Adam(self.parameters())
 """,
     "train mode that is right": HEAD
     + MODEL
@@ -1026,6 +1124,58 @@ def train(loader):
         swa_model.update_parameters(model)
     swa_model.eval()
     return swa_model
+""",
+    "weights averaged by hand": HEAD
+    + """
+def build():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+
+model = build()
+ema = copy.deepcopy(model)
+target = copy.deepcopy(model)
+ema.eval()
+
+def update(decay):
+    with torch.no_grad():
+        for a, p in zip(ema.parameters(), model.parameters()):  # !NW909
+            a.mul_(decay).add_(p, alpha=1 - decay)
+        for p, t in zip(model.parameters(), target.parameters()):
+            t.data = decay * t.data + (1 - decay) * p.data
+""",
+    "weights averaged by hand with their buffers": HEAD
+    + """
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+ema = copy.deepcopy(model).eval()
+ema.eval()
+for a, p in zip(ema.parameters(), model.parameters()):
+    a.data.lerp_(p.data, 0.01)
+for a, p in zip(ema.buffers(), model.buffers()):
+    a.copy_(p)
+""",
+    "probing as the network is made": HEAD
+    + """
+class Features(nn.Module):
+    def __init__(self, shape, norm):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(shape[0], 8, 3), norm(8), nn.ReLU())
+        self.plain = nn.Sequential(nn.Conv2d(shape[0], 8, 3), nn.ReLU())
+        self.normed = nn.Sequential(nn.Conv2d(shape[0], 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.plain(torch.zeros(1, *shape))
+        self.conv(torch.zeros(1, *shape))
+        self.fc = nn.Linear(self._size(shape), 10)
+
+    def _size(self, shape):
+        return self.normed(torch.zeros(1, *shape)).numel()  # !NW908
+
+    def forward(self, x):
+        return self.fc(self.normed(x).flatten(1))
+
+net = Features((1, 28, 28), nn.BatchNorm2d)
+opt = optim.Adam(net.parameters())
+for x, y in loader:
+    opt.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    opt.step()
 """,
     "averaged weights with buffers": HEAD
     + MODEL

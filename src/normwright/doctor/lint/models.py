@@ -292,8 +292,8 @@ def _module_kind(source: Source, model: ast.AST | None, depth: int) -> str:
         last = model.args[-1]
         if isinstance(last, ast.Starred):
             last = _last_of_list(source, last.value)
-        elif dotted(last.func if isinstance(last, ast.Call) else None).endswith("OrderedDict"):
-            return "other"
+        elif isinstance(last, ast.Call) and dotted(last.func).endswith("OrderedDict"):
+            last = _last_of_pairs(last)
         kinds = {_module_kind(source, origin, depth + 1) for origin in source.origins(last)} if last else {"other"}
         return kinds.pop() if len(kinds) == 1 else "other"
     made = source.made(model)
@@ -303,6 +303,13 @@ def _module_kind(source: Source, model: ast.AST | None, depth: int) -> str:
         }
         return kinds.pop() if len(kinds) == 1 else "other"
     return "other"
+
+
+def _last_of_pairs(call: ast.Call) -> ast.expr | None:
+    """The last layer of `OrderedDict([("fc", nn.Linear(4, 3)), …])`."""
+    pairs = call.args[0] if len(call.args) == 1 else None
+    last = pairs.elts[-1] if isinstance(pairs, (ast.List, ast.Tuple)) and pairs.elts else None
+    return last.elts[1] if isinstance(last, ast.Tuple) and len(last.elts) == 2 else None
 
 
 def _last_of_list(source: Source, layers: ast.AST) -> ast.expr | None:

@@ -476,7 +476,8 @@ class Source:
                 named = isinstance(call.func, ast.Attribute) and call.func.attr == function.name
                 if named and function in self.defined(call.func):
                     found.append(call)
-            return found
+            made = self._makings(self.parents[function]) if function.name == "__init__" else []
+            return None if made is None else found + made
         for name in self.loads.get(function.name, ()):
             if function not in self.defined(name):
                 continue
@@ -484,6 +485,19 @@ class Source:
             if not (isinstance(parent, ast.Call) and parent.func is name):
                 return None
             found.append(parent)
+        return found
+
+    def _makings(self, cls: Any) -> list[ast.Call] | None:
+        """The calls that make an object of a class; None if the class is also handed on."""
+        found: list[ast.Call] = []
+        for name in self.loads.get(cls.name, ()):
+            parent = self.parents[name]
+            if cls not in self.defined(name) or isinstance(parent, (ast.ClassDef, ast.arg, ast.AnnAssign)):
+                continue
+            if isinstance(parent, ast.Call) and parent.func is name:
+                found.append(parent)
+            elif not isinstance(parent, ast.Call) or dotted(parent.func) not in ("super", "isinstance"):
+                return None
         return found
 
     def reached(self, *roots: ast.AST) -> list[Any]:

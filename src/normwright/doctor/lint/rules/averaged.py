@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable
+from typing import Any
 
 from ..models import keyword, layers
 from ..rule import Found, Rule
-from ..source import Source
+from ..source import Source, dotted
+from ..training import is_eval
 
 AVERAGED = {"torch.optim.swa_utils.AveragedModel"}
 MENDS = (
@@ -25,8 +27,10 @@ class AveragedWithoutStatistics(Rule):
     """Averaged weights keep batch norm statistics of other weights.
 
     What it does
-        Finds `AveragedModel` of a network with batch norm where the file neither averages the buffers
-        (`use_buffers=True`) nor computes the statistics afterwards (`update_bn`, `nw.recalibrate`).
+        Finds `AveragedModel` of a network with batch norm, or a loop over `zip(average.parameters(),
+        model.parameters())` that averages one into the other and evaluates it, where the file neither averages nor
+        copies the buffers (`use_buffers=True`, `buffers()`, `state_dict()`) nor computes the statistics afterwards
+        (`update_bn`, `nw.recalibrate`).
 
     Why is this bad
         The average of the weights has activations of its own. Its running statistics are those of the network as it
@@ -68,20 +72,46 @@ class AveragedWithoutStatistics(Rule):
     code = "NW909"
     name = "averaged-without-statistics"
     severity = "error"
-    words = ("AveragedModel",)
+    words = ("AveragedModel", "parameters")
 
     def find(self, source: Source) -> Iterable[Found]:
         if any(word in line for line in source.lines for word in MENDS):
             return
+        message = "weights are averaged, the batch norm statistics are not: they stay those of the copied network"
+        help = "torch.optim.swa_utils.update_bn(loader, averaged) before evaluation"
+        averages = any(dotted(call.func).endswith(".update_parameters") for call in source.calls)
         for call in source.calls:
-            if source.qual(call.func) not in AVERAGED or keyword(call, "model", 0) is None:
-                continue
-            evaluated = any(
-                isinstance(other.func, ast.Attribute) and other.func.attr == "update_parameters"
-                for other in source.calls
+            model = keyword(call, "model", 0)
+            if averages and source.qual(call.func) in AVERAGED and layers(source, model).batch_norm:
+                yield Found(call, message, help)
+        if any(word in line for line in source.lines for word in ("buffers", "state_dict", "running_mean")):
+            return
+        for loop in source.loops:
+            average = _averaged_by_hand(loop)
+            evaluated = average is not None and any(
+                is_eval(call) and dotted(call.func) == f"{dotted(average)}.eval" for call in source.calls
             )
-            if evaluated and layers(source, keyword(call, "model", 0)).batch_norm:
-                message = (
-                    "weights are averaged, the batch norm statistics are not: they stay those of the copied network"
-                )
-                yield Found(call, message, "torch.optim.swa_utils.update_bn(loader, averaged) before evaluation")
+            if evaluated and layers(source, average).batch_norm:
+                yield Found(loop.iter, message, help)
+
+
+def _averaged_by_hand(loop: Any) -> ast.expr | None:
+    """The network whose parameters a loop averages: `for a, p in zip(average.parameters(), …): a.mul_(d).add_(…)`."""
+    pairs = loop.iter if isinstance(loop, ast.For) else None
+    if not isinstance(pairs, ast.Call) or dotted(pairs.func) != "zip" or len(pairs.args) != 2:
+        return None
+    sources = [a.func for a in pairs.args if isinstance(a, ast.Call) and isinstance(a.func, ast.Attribute)]
+    targets = [dotted(t) for t in getattr(loop.target, "elts", ())]
+    if [s.attr for s in sources] != ["parameters", "parameters"] or len(targets) != 2 or not all(targets):
+        return None
+    for node in ast.walk(loop):
+        changed = node.func.value if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else None
+        in_place = changed is not None and node.func.attr in ("add_", "lerp_", "copy_")  # type: ignore[union-attr]
+        if isinstance(node, ast.Assign):
+            changed, in_place = node.targets[0], isinstance(node.targets[0], ast.Attribute)
+        if in_place and changed is not None:
+            named = {n.id for n in ast.walk(changed) if isinstance(n, ast.Name)}
+            for i, target in enumerate(targets):
+                if target in named:
+                    return sources[i].value
+    return None

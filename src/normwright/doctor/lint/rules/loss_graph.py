@@ -71,23 +71,40 @@ class LossKeepsGraph(Rule):
     words = ("backward",)
 
     def find(self, source: Source) -> Iterable[Found]:
+        told: set[ast.AST] = set()
         for call in source.calls:
             if not is_backward(call) or not isinstance(call.func, ast.Attribute):
                 continue
-            loss = call.func.value if call.func.attr == "backward" and not call.args else (call.args or [None])[0]
-            name = dotted(loss)
             loops = source.loops_around(call)
-            if not name or not loops or source.gradients(call) == "off":
+            if not loops or source.gradients(call) == "off":
                 continue
+            losses = {dotted(leaf): leaf for leaf in _losses(call)}
             differentiated = _differentiated(source, call)
             for node, kept, value in _kept(loops[0]):
                 outlives = kept.partition("[")[0] not in differentiated and not _made_in(source, loops[0], kept, node)
-                if not outlives or source.gradients(node) == "off":
+                if node in told or not outlives or source.gradients(node) == "off":
                     continue
-                if any(_is_loss(source, leaf, name, call) for leaf in _leaves(value)):
-                    verb = "total" if isinstance(node, (ast.AugAssign, ast.Assign)) else "list"
-                    message = f"the {verb} {kept} keeps the autograd graph of every {name}"
-                    yield Found(node, message, f"take {name}.item(), or {name}.detach()")
+                for leaf in _leaves(value):
+                    name = dotted(leaf)
+                    if name in losses and _is_still(source, leaf, losses[name]):
+                        told.add(node)
+                        verb = "total" if isinstance(node, (ast.AugAssign, ast.Assign)) else "list"
+                        message = f"the {verb} {kept} keeps the autograd graph of every {name}"
+                        yield Found(node, message, f"take {name}.item(), or {name}.detach()")
+                        break
+
+
+def _losses(call: ast.Call) -> Iterator[ast.AST]:
+    """The names that are differentiated, as in `(loss / 4).backward()` or `scaler.scale(loss).backward()`."""
+    assert isinstance(call.func, ast.Attribute)
+    value: Any = call.func.value
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr == "scale":
+        value = value.args[0] if value.args else value
+    if call.args and (
+        call.func.attr == "manual_backward" or dotted(value).endswith(("accelerator", "fabric", "scaler"))
+    ):
+        value = call.args[0]
+    return _leaves(value)
 
 
 def _kept(loop: Any) -> Iterator[tuple[ast.AST, str, ast.AST]]:
@@ -124,16 +141,11 @@ def _leaves(value: Any) -> Iterator[ast.AST]:
         yield from _leaves(value.func.value)
 
 
-def _is_loss(source: Source, leaf: ast.AST, name: str, call: ast.Call) -> bool:
+def _is_still(source: Source, leaf: ast.AST, loss: ast.AST) -> bool:
     """Whether a name is still the tensor that was, or will be, differentiated, and not its number by then."""
-    if dotted(leaf) != name:
-        return False
-    if not isinstance(leaf, ast.Name):
+    if not isinstance(leaf, ast.Name) or not isinstance(loss, ast.Name):
         return True
-    loss = next((n for n in ast.walk(call) if isinstance(n, ast.Name) and n.id == name), None)
-    if loss is None:
-        return False
-    return set(source.bindings(name, leaf)) <= set(source.bindings(name, loss))
+    return set(source.bindings(leaf.id, leaf)) <= set(source.bindings(loss.id, loss))
 
 
 def _differentiated(source: Source, call: ast.Call) -> set[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from ..models import layers
 from ..rule import Found, Rule
 from ..source import Function, Source, dotted
-from ..training import backward_calls, is_backward, is_eval, is_train
+from ..training import backward_calls, in_loops, is_backward, is_eval, is_train
 
 DUMMY = {f"torch.{name}" for name in ("zeros", "ones", "rand", "randn", "empty", "full", "randint", "zeros_like")}
 RESTORES = {"load_state_dict", "reset_running_stats", "reset_parameters", "recalibrate", "update_bn"}
@@ -74,7 +74,8 @@ class ProbingForward(Rule):
             if not name or source.qual(call.func) or not call.args or source.loops_around(call):
                 continue
             scope = source.function(call) or source.tree
-            if isinstance(scope, Function) and source.owner(call) is not None:
+            inside = isinstance(scope, Function) and source.owner(call) is not None
+            if inside and not _in_making(source, scope):
                 continue
             dummies = [_is_dummy(source, argument) for argument in call.args]
             if not all(dummies) or (scope, name) in told:
@@ -82,12 +83,22 @@ class ProbingForward(Rule):
             known = layers(source, call.func)
             if not known.batch_norm or known.lazy or _in_evaluation(source, call, name):
                 continue
-            if _trained_after(source, scope, call, name):
+            trains = any(is_backward(c) and in_loops(source, c) for c in source.calls)
+            if trains if inside else _trained_after(source, scope, call, name):
                 told.add((scope, name))
                 message = (
                     f"{name} runs on dummy data in training mode before it is trained: its running statistics move"
                 )
                 yield Found(call, message, f"{name}.eval() before, {name}.train() after")
+
+
+def _in_making(source: Source, method: Any) -> bool:
+    """Whether a method of a module runs as the module is made: `__init__`, or a helper that only it calls."""
+    owner = source.owner(method.body[0])
+    if owner is None or not source.is_module(owner):
+        return False
+    callers = [source.function(site) for site in source.sites(method) or []]
+    return method.name == "__init__" or (bool(callers) and all(c is not None and c.name == "__init__" for c in callers))
 
 
 def _is_dummy(source: Source, argument: ast.AST) -> bool:

@@ -135,14 +135,17 @@ def _validates(source: Source, loop: Any, at: ast.AST, call: ast.Call, named: as
             return False
     if layers(source, named).mode_dependent is False or layers(source, call.func.value).mode_dependent is False:  # type: ignore[union-attr]
         return False
-    return _trained(source, loop, name, nodes) and _after_training(source, loop, at)
+    return _trained(source, named, name, nodes) and _after_training(source, loop, at)
 
 
-def _trained(source: Source, loop: Any, name: str, nodes: list[Any]) -> bool:
+def _trained(source: Source, named: ast.AST, name: str, nodes: list[Any]) -> bool:
     """Whether an optimizer has the model's parameters, or the loop runs it with gradients."""
+    own = {origin for origin in source.origins(named) if origin is not None}
     for call in source.calls:
         if source.qual(call.func).startswith("torch.optim.") and any(
-            isinstance(n, ast.Attribute) and n.attr == "parameters" and dotted(n.value) == name
+            isinstance(n, ast.Attribute)
+            and n.attr == "parameters"
+            and (dotted(n.value) == name or own & set(source.origins(n.value)))
             for a in (*call.args, *(k.value for k in call.keywords))
             for n in ast.walk(a)
         ):
