@@ -439,12 +439,22 @@ class Cumulative(Batch):
         return 1 - new, new
 
 
-class Warmup(Cumulative):
+class LastGraph(Batch):
+    """Keeps the graph of the last forward, and no more."""
+
+    def update(self, mean, var):
+        self.m = 0.9 * self.m.detach() + 0.1 * mean
+        self.v = 0.9 * self.v.detach() + 0.1 * var
+
+
+class Warmup(Batch):
     """The averaging of TensorFlow's ExponentialMovingAverage with num_updates: 0.9 of the first batch, ever less."""
+
+    count = 0
 
     def weights(self):
         self.count += 1
-        keep = min(0.99, float(self.count / (9 + self.count)))
+        keep = min(0.99, self.count / (9 + self.count))
         return keep, 1 - keep
 
 
@@ -472,8 +482,12 @@ class Caches(nn.Module):
 class Hidden(nn.Module):
     """A recurrent state kept between calls, in both modes."""
 
+    def __init__(self):
+        super().__init__()
+        self.h = torch.zeros(8, 6, 8, 8)
+
     def forward(self, x):
-        self.h = 0.5 * getattr(self, "h", torch.zeros_like(x)).detach() + x
+        self.h = 0.5 * self.h.detach() + x
         return self.h
 
 
@@ -515,6 +529,9 @@ class OwnConv(nn.Conv2d):
 
 class Shown(Batch):
     """Normalizes by the batch in both modes, and keeps the last mean to be looked at."""
+
+    def hold(self, mean, var):
+        self.last = mean
 
     def forward(self, x):
         dims, shape = (0, *range(2, x.dim())), shape_of(x.shape[1], x.dim())
@@ -561,6 +578,7 @@ class Average(nn.Module):
         lambda: Renorm(6),
         lambda: Cumulative(6),
         lambda: Warmup(6),
+        lambda: LastGraph(6),
         lambda: NotUnderNoGrad(6),
         lambda: MeanOnly(6),
         lambda: Batch(6, new_weight=1.0),
