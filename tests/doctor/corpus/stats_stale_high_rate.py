@@ -27,9 +27,9 @@ def program(lr, last):
     noisy = torch.where(torch.rand(512, generator=g) < 0.3, torch.randint(6, (512,), generator=g), y)
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    for step, (inputs, targets) in enumerate(batches(x, noisy, 64, 200)):
+    for step, (inputs, targets) in enumerate(batches(x, noisy, 64, 480)):
         for group in optimizer.param_groups:
-            group["lr"] = lr + (last - lr) * step / 199
+            group["lr"] = lr + (last - lr) * step / 479
         optimizer.zero_grad()
         F.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
