@@ -35,13 +35,13 @@ class CorrelatedBatches(Check):
         subtracted in training, and is there at evaluation. The running average follows the last batches.
 
     Example
-        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
         labels = torch.arange(512) // 64
         data = torch.utils.data.TensorDataset(torch.randn(512, 4) + 2 * torch.randn(8, 4)[labels], labels)
         loader = torch.utils.data.DataLoader(data, batch_size=32)
 
     Use instead
-        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
         labels = torch.arange(512) // 64
         data = torch.utils.data.TensorDataset(torch.randn(512, 4) + 2 * torch.randn(8, 4)[labels], labels)
         loader = torch.utils.data.DataLoader(data, batch_size=32, shuffle=True)

@@ -25,12 +25,12 @@ class LastBatchOfOne(Check):
         sample into its running mean.
 
     Example
-        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
         data = torch.utils.data.TensorDataset(torch.randn(129, 4))
         loader = torch.utils.data.DataLoader(data, batch_size=32, shuffle=True)
 
     Use instead
-        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
         data = torch.utils.data.TensorDataset(torch.randn(129, 4))
         loader = torch.utils.data.DataLoader(data, batch_size=32, shuffle=True, drop_last=True)
 

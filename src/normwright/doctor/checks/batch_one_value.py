@@ -37,11 +37,11 @@ class OneValuePerStatistic(Check):
         norms raise instead. Group norms with one element a group are NW207.
 
     Example
-        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
         inputs = torch.randn(1, 4)
 
     Use instead
-        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
         inputs = torch.randn(64, 4)
 
     Fix safety

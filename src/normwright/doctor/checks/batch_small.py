@@ -40,11 +40,11 @@ class FewValuesPerStatistic(Check):
         and is not there at evaluation, where the running average stands.
 
     Example
-        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
         inputs = torch.randn(4, 4)
 
     Use instead
-        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
         inputs = torch.randn(64, 4)
 
     Fix safety

@@ -35,7 +35,7 @@ class UnsynchronizedBatchNorm(Check):
 
     Example
         from torch.testing._internal.distributed.fake_pg import FakeStore
-        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
         inputs = torch.randn(8, 4)
         torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
         report = nw.diagnose(model, inputs)
@@ -43,7 +43,7 @@ class UnsynchronizedBatchNorm(Check):
 
     Use instead
         from torch.testing._internal.distributed.fake_pg import FakeStore
-        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
         inputs = torch.randn(64, 4)
         torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
         report = nw.diagnose(model, inputs)
