@@ -644,3 +644,43 @@ def test_the_callback_is_lightnings_where_lightning_is(monkeypatch):
     assert isinstance(callback, Callback)
     assert isinstance(callback, WatchCallback)
     assert (callback.on_train_batch_end(), callback.show) == ("lightning's", False)
+
+
+def test_alternating_optimizers_of_a_gan_are_silent():
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(4, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8), nn.Tanh())
+    critic = nn.Sequential(nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
+    g, d = (torch.optim.Adam(m.parameters(), lr=1e-3, betas=(0.5, 0.999)) for m in (generator, critic))
+    both = nn.ModuleDict({"generator": generator, "critic": critic})
+    score = nn.functional.binary_cross_entropy_with_logits
+    with nw.watch(generator, g) as of_g, nw.watch(critic, d) as of_d, nw.watch(both, [g, d]) as of_both:
+        for _ in range(40):
+            critic.zero_grad()
+            score(critic(torch.randn(64, 8)), torch.ones(64, 1)).backward()
+            fake = generator(torch.randn(64, 4))
+            score(critic(fake.detach()), torch.zeros(64, 1)).backward()
+            d.step()
+            generator.zero_grad()
+            score(critic(fake), torch.ones(64, 1)).backward()
+            g.step()
+    assert codes(of_g) == codes(of_d) == codes(of_both) == []
+    assert (of_g.log.count, of_d.log.count, of_both.log.count) == (40, 40, 80)
+
+
+def test_a_closure_with_several_passes_in_a_step_is_silent():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    x = torch.randn(64, 4)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(x) - x[:, :1]).square().mean()
+        loss.backward()
+        return loss
+
+    with nw.watch(model, optimizer) as watch:
+        for _ in range(10):
+            optimizer.step(closure)
+    assert codes(watch) == []
+    assert max(s.backwards for s in watch.log.steps) > 1
