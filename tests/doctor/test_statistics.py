@@ -2,7 +2,6 @@
 
 import copy
 import gzip
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +44,8 @@ def mlp(norm=nn.BatchNorm1d, features=16, **kwargs):
 def cnn(norm=nn.BatchNorm2d, **kwargs):
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), norm(8, **kwargs), nn.ReLU(), nn.AvgPool2d(2),
-        nn.Conv2d(8, 16, 3, padding=1), norm(16, **kwargs), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+        nn.Conv2d(8, 16, 3, padding=1), norm(16, **kwargs), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
     )  # fmt: skip
 
 
@@ -341,7 +341,7 @@ def test_the_first_offending_layer_is_named():
 
 
 def test_stale_statistics_of_our_own_layers_and_in_wrappers():
-    x, y = data("rows")
+    x, _ = data("rows")
     for build in (
         lambda: mlp(nw.BatchNorm1d),
         lambda: torch.compile(mlp(), backend="eager"),
@@ -370,11 +370,31 @@ def test_a_loader_recalibrates_and_other_data_is_not_what_counts():
     assert not found(model, loader=loader, loss=F.cross_entropy)[0]
 
 
+def test_targets_belong_to_their_own_data():
+    x, y = data("rows")
+    model = mlp()
+    train(model, x, y, 45, lr=0.01)
+    order = torch.randperm(256)
+    labelled, bare = ([(x[i], y[i]) for i in order.split(64)], [x[i] for i in order.split(64)])
+    plain = float(F.cross_entropy(model.eval()(x), y).detach())
+    first = float(F.cross_entropy(model(x[:64]), y[:64]).detach())
+    given = {"targets": y[:64], "loss": F.cross_entropy}
+    assert gain(Subject(model, x[:64], loader=labelled, **given)).before == pytest.approx(plain, rel=1e-4)
+    assert gain(Subject(model, x[:64], loader=bare, **given)).before == pytest.approx(first, rel=1e-4)
+    assert gain(Subject(model, loader=labelled, loss=F.cross_entropy)).before == pytest.approx(plain, rel=1e-4)
+    assert gain(Subject(model, loader=labelled, loss=nn.CrossEntropyLoss())).before == pytest.approx(plain, rel=1e-4)
+    squares = gain(Subject(model, loader=labelled, loss=lambda output: output.square().mean())).before
+    assert squares == pytest.approx(float(model(x).square().mean().detach()), rel=1e-4)
+    assert gain(Subject(model, loader=labelled)).before is None
+
+
 def images(count):
     folder = Path(__file__).parents[3] / "shared" / "data" / "fashion-mnist"
     if folder.is_dir():
-        pixels = gzip.open(folder / "train-images-idx3-ubyte.gz").read(16 + count * 784)[16:]
-        labels = gzip.open(folder / "train-labels-idx1-ubyte.gz").read(8 + count)[8:]
+        with gzip.open(folder / "train-images-idx3-ubyte.gz") as file:
+            pixels = file.read(16 + count * 784)[16:]
+        with gzip.open(folder / "train-labels-idx1-ubyte.gz") as file:
+            labels = file.read(8 + count)[8:]
         x = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(count, 1, 28, 28).float() / 255
         return x, torch.frombuffer(bytearray(labels), dtype=torch.uint8).long(), 256
     digits = pytest.importorskip("sklearn.datasets").load_digits()
@@ -618,7 +638,7 @@ def test_start_values_that_remain_are_proved_by_taking_them_out():
     model.eval()
     codes, report = found(model, 5 * x, optimizer=optimizer)
     assert codes == {"NW106"}, report
-    finding = [f for f in report.findings if f.where == ("1",)][0]
+    finding = next(f for f in report.findings if f.where == ("1",))
     assert finding.evidence == "proved"
     assert finding.numbers["weight of the start values"] == pytest.approx(0.998**96)
     assert finding.numbers["off by without the start values, sd"] < 0.2 < finding.numbers["off by, sd"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -294,19 +295,19 @@ def gain(subject: Subject, only: Collection[str] = ()) -> Gain:
             recalibrated(subject, [batch for batch, _ in half], only)
             outputs.append(_evaluated(subject, halves))
             undo()
-    as_is, first, second = outputs
-    crossed = [second[0], first[-1]] if len(halves) == 2 else [first[0]]
-    same = [first[0], second[-1]] if len(halves) == 2 else [first[0]]
-    scale = max(_rms(same, None), 1e-12)
-    moved, noise = _rms(as_is, crossed) / scale, _rms(same, crossed) / scale
-    old, new = (_losses(subject, halves, found) for found in (as_is, crossed))
-    if not old:
-        return Gain(moved, noise)
-    difference = torch.tensor(old, dtype=torch.float64) - torch.tensor(new, dtype=torch.float64)
-    error = float(difference.std()) / math.sqrt(len(old)) if len(old) > 1 else math.inf
-    sure = float(difference.mean()) / max(error, 1e-12)
-    right = [_right(halves, found) for found in (as_is, crossed)]
-    return Gain(moved, noise, sum(old) / len(old), sum(new) / len(new), sure, right[0], right[1])
+        as_is, first, second = outputs
+        crossed = [second[0], first[-1]] if len(halves) == 2 else [first[0]]
+        same = [first[0], second[-1]] if len(halves) == 2 else [first[0]]
+        scale = max(_rms(same, None), 1e-12)
+        moved, noise = _rms(as_is, crossed) / scale, _rms(same, crossed) / scale
+        old, new = (_losses(subject, halves, found) for found in (as_is, crossed))
+        if not old:
+            return Gain(moved, noise)
+        difference = torch.tensor(old, dtype=torch.float64) - torch.tensor(new, dtype=torch.float64)
+        error = float(difference.std()) / math.sqrt(len(old)) if len(old) > 1 else math.inf
+        sure = float(difference.mean()) / max(error, 1e-12)
+        right = [_right(halves, found) for found in (as_is, crossed)]
+        return Gain(moved, noise, sum(old) / len(old), sum(new) / len(new), sure, right[0], right[1])
 
 
 def recalibrated(subject: Subject, data: Any, only: Collection[str] = (), inputs: Any = None) -> Receipt:
@@ -329,18 +330,17 @@ def repair(subject: Subject, only: Collection[str] = ()) -> Callable[[], Receipt
 
 def _halves(subject: Subject) -> list[list[_Part]]:
     """The data with its targets, in two halves; in one where it cannot be cut."""
-    given = batches(subject)
+    parts: list[_Part] = []
     if subject.loader is not None:
-        takes = subject.loss is not None and subject.targets is None
-        parts = [
-            (batch, batch[1] if takes and isinstance(batch, (tuple, list)) and len(batch) > 1 else None)
-            for batch in given
-        ]
-        if len(parts) > 1:
+        given = batches(subject)
+        own = all(isinstance(batch, (tuple, list)) and len(batch) > 1 for batch in given)
+        wanted = subject.loss is not None and (subject.targets is not None or _takes_targets(subject.loss))
+        parts = [(batch, batch[1] if own and wanted else None) for batch in given]
+        if len(parts) > 1 and (own or subject.targets is None):
             return [parts[::2], parts[1::2]]
-    else:
+    if subject.inputs is not None:  # targets given beside a loader without any are those of the inputs
         parts = [(subject.inputs, subject.targets)]
-    ((batch, targets),) = parts
+    batch, targets = parts[0]
     sizes = {t.size(0) if t.dim() else 0 for t in [*tensors_in(batch), *tensors_in(targets)]}
     if len(sizes) != 1 or (count := sizes.pop()) < 2 * LEAST_SAMPLES:
         return [parts]
@@ -388,9 +388,16 @@ def _losses(subject: Subject, halves: list[list[_Part]], outputs: list[list[Any]
     found = []
     for half, ran in zip(halves, outputs, strict=True):
         for (_, targets), output in zip(half, ran, strict=True):
-            targets = subject.targets if targets is None else targets
             found += [float(torch.as_tensor(subject.loss(*part)).detach()) for part in _parts(output, targets)]
     return found
+
+
+def _takes_targets(loss: Callable[..., Any]) -> bool:
+    """Whether a loss needs a second argument."""
+    call = loss.forward if isinstance(loss, nn.Module) else loss
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in inspect.signature(call).parameters.values() if p.kind in kinds and p.default is p.empty]
+    return len(needed) > 1
 
 
 def _parts(output: Any, targets: Any) -> Iterator[tuple[Any, ...]]:

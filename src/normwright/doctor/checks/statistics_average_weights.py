@@ -95,7 +95,8 @@ class AveragedWithoutRecalibration(Check):
             yield self.finding(
                 [subject.names[m][0] for m in far],
                 f"{subject.name(average)} averages {count} sets of weights and takes the last one's buffers: the "
-                f"running statistics of {subject.name(first)} are {far[first]:.2g} deviations from its input's: {change}.",
+                f"running statistics of {subject.name(first)} are {far[first]:.2g} deviations from its input's: "
+                f"{change}.",
                 help="nw.recalibrate(averaged, loader) after the last update_parameters (or torch's update_bn).",
                 falsify="recalibrating the average on training data leaves its outputs as they are.",
                 numbers={"off by, sd": far[first], "averaged": count, **change.numbers},

@@ -92,7 +92,7 @@ class StagnantStatistics(Check):
 
 
 def _trained(subject: Subject, call: NormCall) -> tuple[float, int, int]:
-    """How far half-precision and float32 statistics are apart when the former stop, the updates, how many still move."""
+    """How far half-precision statistics stop from those in float32, after how many updates, how many still move."""
     module, weight = call.module, float(momentum(call.module))  # type: ignore[arg-type]
     x = call.x[:SAMPLES]
     for dim in range(2, x.dim()):

@@ -23,9 +23,9 @@ class UntouchedStatistics(Check):
     """The layer was trained, and its running statistics are still those of a new layer.
 
     What it does
-        Looks for running means that are exactly 0 and variances that are exactly 1 in a layer with
-        proof of training: it has counted batches, the optimizer has a state for its weight or bias, these hold a gradient, its bias has become
-        different from channel to channel, or the checkpoint has statistics for it (or has its weight and lacks them).
+        Looks for running means that are exactly 0 and variances that are exactly 1 in a layer with proof of training:
+        it has counted batches, the optimizer has a state for its weight or bias, these hold a gradient, its bias has
+        become different from channel to channel, or the checkpoint has statistics for it (or its weight without them).
         With inputs, the layer has to be called in evaluation and its input has to be something else than 0 and 1.
         A new model, a new head on a trained network and copies that evaluation does not call have no such proof.
 
