@@ -597,7 +597,7 @@ def _print_checks(found: dict[str, Any], console: Console) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("code", "fault", "severity", "evidence", "needs"):
-        table.add_column(column, overflow="fold", no_wrap=column == "fault")
+        table.add_column(column, overflow="fold", no_wrap=column != "needs")
     for code, each in found.items():
         # a rule of the linter reads the source alone
         evidence, needs = getattr(each, "evidence", "source"), ", ".join(getattr(each, "needs", ()))

@@ -319,7 +319,9 @@ def test_without_jinja2_a_notebook_shows_text(monkeypatch, checks, inputs):
 
 def test_markdown_of_a_page():
     text = page_markdown(Untouched)
-    assert text.startswith("# NWX01: untouched\n\nRunning statistics are those of a new layer.\n\n## What it does\n\n")
+    assert text.startswith(
+        "# NWX01: untouched\n\nRunning statistics are those of a new layer.\n\n*warning, measured*\n\n## W"
+    )
     assert "## Use instead\n\n```python\nmodel = torch.nn.BatchNorm1d(4, track_running_stats=False)\n```" in text
 
 

@@ -388,7 +388,9 @@ def _rule(check: type[Check]) -> dict[str, Any]:
 def page_markdown(check: Any) -> str:
     """The page of a check, or of a rule of the linter, as Markdown; code stands in fences."""
     page = Page.of(check)
-    parts = [f"# {check.code}: {check.name}", page.summary]
+    facts = [check.severity, getattr(check, "evidence", "from the source")]
+    facts += [f"needs {' and '.join(check.needs)}"] if getattr(check, "needs", ()) else []
+    parts = [f"# {check.code}: {check.name}", page.summary, f"*{', '.join(dict.fromkeys(facts))}*"]
     for title, text in page.sections.items():
         fenced = title in ("Example", "Use instead")
         parts += [f"## {title}", f"```python\n{text}\n```" if fenced else text]
