@@ -19,7 +19,7 @@ from ..layers.norm import GhostBatchNorm
 from ..spec import NormSpec
 from ..surgery.modules import all_or_nothing
 from ..surgery.param_groups import is_norm
-from ..surgery.receipt import Forward, named_modules_once, rng_kept, run_on, shown, tensors_in, unwrap
+from ..surgery.receipt import Forward, generators_of, named_modules_once, rng_kept, run_on, shown, tensors_in, unwrap
 
 __all__ = ["CannotRun", "NormCall", "Subject", "Trace", "preserved"]
 
@@ -207,7 +207,7 @@ class Subject:
         if self.loader is None:
             return [] if self.inputs is None else [self.inputs]
         if len(self._runs.setdefault(("batches",), [])) < limit:  # type: ignore[arg-type]
-            with rng_kept(self.model):
+            with rng_kept(self.model, generators_of(self.loader)):
                 self._runs[("batches",)] = list(itertools.islice(self.loader, limit))  # type: ignore[assignment]
         return self._runs[("batches",)][:limit]  # type: ignore[index]
 

@@ -37,6 +37,7 @@ from .receipt import (
     Receipt,
     buffers_restorer,
     evaluating,
+    generators_of,
     model_device,
     named_modules_once,
     output_difference,
@@ -167,7 +168,7 @@ def recalibrate(
         return receipt
     device = model_device(root) if device is None else device
     run = partial(run_on, root, forward=forward, device=device)
-    generators = {id(g): g for _, data in sources for g in _generators(data)}.values()
+    generators = {id(g): g for _, data in sources for g in generators_of(data)}.values()
 
     def read() -> Iterator[None]:
         """One pass over the data, the same each time; a step for each batch."""
@@ -433,13 +434,6 @@ def _momentum(module: nn.Module) -> float | None:
 
 def _cut(batches: Iterable[Any] | Tensor, batch_size: int) -> Iterable[Any]:
     return batches.split(batch_size) if isinstance(batches, Tensor) else batches
-
-
-def _generators(batches: Any) -> list[torch.Generator]:
-    """The random generators that a DataLoader draws from besides the global ones."""
-    owners = (batches, getattr(batches, "sampler", None))
-    found = (getattr(owner, "generator", None) for owner in owners)
-    return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
 @contextmanager

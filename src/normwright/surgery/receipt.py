@@ -25,6 +25,7 @@ __all__ = [
     "Receipt",
     "buffers_restorer",
     "evaluating",
+    "generators_of",
     "model_device",
     "named_modules_once",
     "output_difference",
@@ -306,3 +307,10 @@ def rng_kept(model: nn.Module, generators: Iterable[torch.Generator] = ()) -> It
         np.random.set_state(numpy)  # noqa: NPY002
         for generator, state in states:
             generator.set_state(state)
+
+
+def generators_of(batches: Any) -> list[torch.Generator]:
+    """The random generators that a DataLoader draws from besides the global ones."""
+    owners = (batches, getattr(batches, "sampler", None))
+    found = (getattr(owner, "generator", None) for owner in owners)
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
