@@ -835,6 +835,17 @@ def accumulated(model, loader, optimizer):
         optimizer.step()
     total.backward()
 
+class Particles:
+    def fit(self, model, loader, optimizer, weight=0.5):
+        total, weights, k = 0, 0, len(loader)
+        for x in loader:
+            optimizer.zero_grad()
+            loss = model(x).sum()
+            (weight * loss / self.particles / k).backward()
+            optimizer.step()
+            total += loss.item() / self.particles
+            weights += weight / k
+
 @torch.no_grad()
 def evaluate(model, loader, criterion):
     total = 0

@@ -78,7 +78,7 @@ class LossKeepsGraph(Rule):
             loops = source.loops_around(call)
             if not loops or source.gradients(call) == "off":
                 continue
-            losses = {dotted(leaf): leaf for leaf in _losses(call)}
+            losses = {dotted(leaf): leaf for leaf in _losses(source, call)}
             differentiated = _differentiated(source, call)
             for node, kept, value in _kept(loops[0]):
                 outlives = kept.partition("[")[0] not in differentiated and not _made_in(source, loops[0], kept, node)
@@ -94,7 +94,7 @@ class LossKeepsGraph(Rule):
                         break
 
 
-def _losses(call: ast.Call) -> Iterator[ast.AST]:
+def _losses(source: Source, call: ast.Call) -> Iterator[ast.AST]:
     """The names that are differentiated, as in `(loss / 4).backward()` or `scaler.scale(loss).backward()`."""
     assert isinstance(call.func, ast.Attribute)
     value: Any = call.func.value
@@ -104,7 +104,18 @@ def _losses(call: ast.Call) -> Iterator[ast.AST]:
         call.func.attr == "manual_backward" or dotted(value).endswith(("accelerator", "fabric", "scaler"))
     ):
         value = call.args[0]
-    return _leaves(value)
+    for leaf in _leaves(value):
+        # of `(loss / n).backward()` the loss alone, which something has computed
+        if leaf is value or (isinstance(leaf, ast.Name) and _computed(source, leaf)):
+            yield leaf
+
+
+def _computed(source: Source, name: ast.Name) -> bool:
+    bindings = source.bindings(name.id, name)
+    return bool(bindings) and all(
+        b.kind == "value" and any(isinstance(n, ast.Call) and dotted(n.func) != "len" for n in ast.walk(b.node))
+        for b in bindings
+    )
 
 
 def _kept(loop: Any) -> Iterator[tuple[ast.AST, str, ast.AST]]:
