@@ -78,7 +78,7 @@ def test_a_healthy_run_is_silent_and_counted():
     assert codes(watch) == []
     log = watch.log
     assert log.count == len(log.steps) == 40
-    assert [s.index for s in log.looks] == [0, 1, 2, 3, 4, 5, 6, 7, 16, 32]
+    assert [s.index for s in log.looks] == [0, 1, 2, 3, 4, 5, 6, 7, 17, 34]
     assert all(s.backwards == 1 and s.forwards == 1 and s.training for s in log.steps)
     assert [s.evaluations for s in log.steps] == [3 if i in (10, 20, 30) else 0 for i in range(40)]
     assert log.now.evaluations == 3
@@ -228,7 +228,7 @@ def test_fused_blocks_stay_fused_between_the_looks():
         for _ in range(20):
             hooked.append(bool(model[1]._forward_pre_hooks))
             step(model, optimizer)
-    assert hooked == [i < 8 or i == 16 for i in range(20)]
+    assert hooked == [i < 8 or i == 17 for i in range(20)]
     assert codes(watch) == []
 
 
@@ -443,7 +443,7 @@ def test_gradients_that_are_not_zeroed_are_found(every):
     found = [f for f in watch.report.findings if f.code == "NW806"]
     assert len(found) == 1
     assert found[0].severity == "error"
-    looked = [1, 2, 3, 4, 5, 6, 7, 16]
+    looked = [1, 2, 3, 4, 5, 6, 7, 17]
     carried = [i for i in looked if not every or i % every]
     assert found[0].numbers == {"steps_with_carried_gradient": len(carried), "steps_looked_at": len(looked)}
 
@@ -665,6 +665,10 @@ def test_alternating_optimizers_of_a_gan_are_silent():
             g.step()
     assert codes(of_g) == codes(of_d) == codes(of_both) == []
     assert (of_g.log.count, of_d.log.count, of_both.log.count) == (40, 40, 80)
+    # each weight is measured at the steps of its own optimizer: 0, 2, 4, 6, 34, 68 and 1, 3, 5, 7, 17, 51
+    assert {name: len(ratios) for name, ratios in of_both.log.ratios.items()} == {
+        f"{part}.{layer}.weight": 6 for part in ("generator", "critic") for layer in (0, 3)
+    }
 
 
 def test_a_closure_with_several_passes_in_a_step_is_silent():

@@ -2,7 +2,7 @@
 
 What is seen, and when. Forwards of the norms that keep running statistics, of the model itself, and every backward (by
 hooks on three parameters) are seen in each step; whatever reads tensors (statistics, gradients, weights, saturation)
-is looked at in the first eight steps and every sixteenth after them. `torch.compile` traces the hooks to nothing:
+is looked at in the first eight steps and every seventeenth after them. `torch.compile` traces the hooks to nothing:
 there, counters, gradients and the modes of a compiled wrapper are what is seen.
 """
 
@@ -27,7 +27,8 @@ from .report import NotRun, Report
 
 __all__ = ["LayerLog", "Log", "Step", "WatchCallback", "watch"]
 
-_LOOKS_AT_FIRST, _EVERY = 8, 16
+# a prime, so that the looks fall on the steps of each of several optimizers that alternate
+_LOOKS_AT_FIRST, _EVERY = 8, 17
 _KEPT = 10_000  # steps, about 3 MB
 _SENTINEL = 1 << 16  # elements: a gradient that is compared bit for bit in a look should be small
 _ROWS = 64  # of a weight, that the size of its update is measured on
@@ -378,15 +379,19 @@ class watch:
     # ---------------------------------------------------------------------------------------------- between two steps
 
     def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self.step()
+        self._finish({id(p) for group in optimizer.param_groups for p in group["params"]} if self._now.looked else None)
 
     def step(self) -> None:
         """Say that the optimizer has made a step; by itself where `watch` was given the optimizer."""
+        self._finish(None)
+
+    def _finish(self, held: set[int] | None) -> None:
+        """The step is over; `held` are the parameters of the optimizer that made it, by id, if it is known."""
         now, log = self._now, self.log
         now.backwards = max((sentinel.count for sentinel in self._sentinels), default=0)
         if now.looked:
             with torch.no_grad():
-                self._look()
+                self._look(held)
         log.steps.append(now)
         log.count += 1
         self._begin()
@@ -408,9 +413,10 @@ class watch:
                 self._statistics = {name: _statistics(layer) for name, layer in self.log.layers.items()}
                 self._before = {name: _rows(p) for name, p in self._weights.items() if p.requires_grad}
 
-    def _look(self) -> None:
+    def _look(self, held: set[int] | None) -> None:
         now, log = self._now, self.log
-        seen = [sentinel.carried for sentinel in self._sentinels if sentinel.carried is not None]
+        stepped = [sentinel for sentinel in self._sentinels if held is None or id(sentinel.parameter) in held]
+        seen = [sentinel.carried for sentinel in stepped if sentinel.carried is not None]
         now.carried = all(seen) if seen else None
         counted = self._counted()
         now.updates = {name: counted[name] - before for name, before in self._counters.items() if name in counted}
@@ -426,7 +432,8 @@ class watch:
             for name, p in self._weights.items():
                 self._look_at_units(name, p.grad)
         for name, before in self._before.items():
-            self._look_at_update(name, self._weights[name], before)
+            if held is None or id(self._weights[name]) in held:
+                self._look_at_update(name, self._weights[name], before)
 
     def _look_at_statistics(self, name: str, layer: LayerLog, now: Step) -> None:
         before, after = self._statistics.get(name), _statistics(layer)

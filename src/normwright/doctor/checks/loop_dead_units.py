@@ -16,7 +16,7 @@ class UnitsDieInTraining(Check):
     """Many units get no gradient, or are saturated, through all of training.
 
     What it does
-        In the first eight steps and every sixteenth after them, notes which units of each linear layer and
+        In the first eight steps and every seventeenth after them, notes which units of each linear layer and
         convolution (rows of its weight) got a gradient of exactly zero. Units that did in all of at least eight looks
         are dead; a layer is found where they are more than half by 4.75 deviations of a coin, since behind a
         pooling whose output hardly varies half of the units are off by chance. Of sigmoid, tanh and their hard forms

@@ -12,7 +12,7 @@ class StatisticsBecameNonFinite(Check):
     """Running statistics became NaN or infinite in training.
 
     What it does
-        Looks at the running statistics in the first eight steps and every sixteenth after them, and again when the
+        Looks at the running statistics in the first eight steps and every seventeenth after them, and again when the
         report is made. The step after which the first value was not finite, and the layer, are shown.
 
     Why is this bad

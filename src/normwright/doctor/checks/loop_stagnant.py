@@ -16,7 +16,7 @@ class StatisticsDoNotMove(Check):
 
     What it does
         Compares the running statistics before and after a step, bit for bit, in the first eight steps and every
-        sixteenth after them. Four looks in a row without a change, in which the layer ran in training mode, and a
+        seventeenth after them. Four looks in a row without a change, in which the layer ran in training mode, and a
         running mean that is more than 0.1 deviations from the mean of its batch, are found. Where the average has
         arrived at the batch's statistics, standing still is no fault.
 
