@@ -337,7 +337,7 @@ class MeanOnly(nn.Module):
 
 net = nn.Sequential(nn.Linear(4, 4), MeanOnly(4), nn.ReLU())
 """,
-    "statistics without their graph, in seven ways": HEAD
+    "statistics without their graph, in eight ways": HEAD
     + """
 class Base(nn.Module):
     def __init__(self, n):
@@ -385,6 +385,12 @@ class G(Base):
         batch = x.detach()
         self.running_mean = 0.9 * self.running_mean + 0.1 * batch.mean(0)
         return x - self.running_mean
+
+class H(Base):
+    def forward(self, x):
+        mean, running = x.mean(0), self.running_mean
+        running.data.mul_(0.9).add_(0.1 * mean)
+        return x - mean
 
 class Observations(nn.Module):
     def __init__(self, n):
@@ -449,6 +455,13 @@ def train(model, criterion):
     return criterion(model(mean), y)  # !NW904
 
 train(Net(), nn.CrossEntropyLoss())
+
+def leaving(x, raw):
+    out = F.softmax(x, dim=1)
+    if raw:
+        out = x
+        return out
+    return F.cross_entropy(out, y)  # !NW904
 
 def two(x):
     logits = x * 2
