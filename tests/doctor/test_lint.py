@@ -388,7 +388,8 @@ class G(Base):
 
 class H(Base):
     def forward(self, x):
-        mean, running = x.mean(0), self.running_mean
+        mean = x.mean(0)
+        running = self.running_mean
         running.data.mul_(0.9).add_(0.1 * mean)
         return x - mean
 
