@@ -56,6 +56,14 @@ def measure(pair: Pair, score: Score) -> tuple[list[Found], list[Found]]:
     return buggy, loud
 
 
+def precision(score: Score, *codes: str) -> float | None:
+    """Of what was said, as errors and warnings or of the program's own fault, the share that is right; of all codes by
+    default."""
+    counts = (score.right, score.right + score.false + score.beside)
+    right, said = (sum(count[code] for code in codes or count) for count in counts)
+    return right / said if said else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="pairs whose name contains this")
@@ -73,27 +81,27 @@ def main() -> None:
     codes = sorted({*score.faults, *score.false, *score.beside, *score.advice})
     rows = {}
     for code in codes:
-        said = score.right[code] + score.false[code] + score.beside[code]
         rows[code] = {
             "faults": score.faults[code],
             "found": score.right[code],
             "false_in_twins": score.false[code],
             "in_other_faults": score.beside[code],
             "advice_elsewhere": score.advice[code],
-            "precision": score.right[code] / said if said else None,
+            "precision": precision(score, code),
         }
     recall = 1 - len(missed) / len(chosen)
     silent = 1 - len(false) / len(chosen)
     if options.json:
-        summary = {"pairs": len(chosen), "recall": recall, "silent_twins": silent, "codes": rows}
+        summary = {"pairs": len(chosen), "recall": recall, "silent_twins": silent, "precision": precision(score)}
+        summary["codes"] = rows
         print(json.dumps({**summary, "missed": missed, "false": false}, ensure_ascii=False, indent=2))
         return
     table = Table()
     for column in ("code", "faults", "found", "false in twins", "in other faults", "advice elsewhere", "precision"):
         table.add_column(column, justify="left" if column == "code" else "right")
     for code, row in rows.items():
-        *counts, precision = row.values()
-        table.add_row(code, *map(str, counts), "–" if precision is None else f"{precision:.2f}")
+        *counts, share = row.values()
+        table.add_row(code, *map(str, counts), "–" if share is None else f"{share:.2f}")
     console.print(table)
     for name, text in missed.items():
         console.print(f"missed  {name}: {text}", markup=False)
@@ -102,7 +110,7 @@ def main() -> None:
             console.print(f"false   {name}: {line}", markup=False)
     console.print(
         f"{len(chosen)} pairs in {time.perf_counter() - seconds:.0f} s: recall {recall:.3f}, mended twins silent "
-        f"{silent:.3f}"
+        f"{silent:.3f}, precision over all codes {precision(score) or 0:.3f}"
     )
 
 
