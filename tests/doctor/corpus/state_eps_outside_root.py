@@ -9,7 +9,7 @@ from torch import nn
 
 from .common import blobs, examined, fit
 
-CODES = {"NW506", "NW507"}
+CODES = {"NW506", "NW507", "NW603"}
 
 
 class Reproduced(nn.Module):

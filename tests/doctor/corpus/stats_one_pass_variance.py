@@ -9,7 +9,7 @@ from torch import nn
 
 from .common import examined
 
-CODES = {"NW103", "NW104", "NW507", "NW506", "NW601"}
+CODES = {"NW103", "NW104", "NW506", "NW507", "NW605"}
 
 
 class HandNorm(nn.Module):
