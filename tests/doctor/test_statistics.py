@@ -904,3 +904,18 @@ def test_batches_of_different_domains():
     assert "NW114" not in found(model, loader=mixed)[0]
     tiny = [(part[:3], labels[:3]) for part, labels in mixed]
     assert "NW114" not in found(model, loader=tiny)[0]
+
+
+def test_biases_that_an_initialization_drew_are_no_training():
+    model = torch.nn.Sequential(
+        *(layer for _ in range(4) for layer in (torch.nn.Conv2d(16, 16, 3, bias=False), torch.nn.BatchNorm2d(16)))
+    )
+    for module in model:
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.bias, 0.0, 0.1)
+    x = torch.randn(32, 16, 16, 16)
+    assert not nw.diagnose(model, x, select=["NW102"]).findings
+    with torch.no_grad():
+        for i, module in enumerate(m for m in model if isinstance(m, torch.nn.BatchNorm2d)):
+            module.bias *= 1 + 2 * i  # layers that moved by different amounts
+    assert [f.code for f in nw.diagnose(model, x, select=["NW102"]).findings] == ["NW102"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -134,13 +135,33 @@ def trained(subject: Subject, name: str, module: nn.Module) -> str:
             if stepped(subject.optimizer.state.get(parameter)):
                 return f"the optimizer has stepped on its {key}"
     bias = dict(own).get("bias")
-    # initial biases are one constant; a weight may be drawn at random before training (DCGAN), so it proves nothing
-    if bias is not None and bias.numel() > 1 and float(bias.detach().double().std()) > 0:
+    # initial biases are one constant, or all drawn alike; a weight may be drawn before training (DCGAN): no proof
+    if bias is not None and bias.numel() > 1 and _spread(bias) > 0 and not drawn_alike(subject):
         return f"its bias has come to differ between channels, by up to {float(bias.detach().abs().max()):.2g}"
     for key, parameter in own:
         if parameter.grad is not None and bool(parameter.grad.abs().sum() > 0):
             return f"its {key} holds a gradient"
     return in_checkpoint(subject, name)
+
+
+def drawn_alike(subject: Subject) -> bool:
+    """Whether the norms' biases, three or more, spread alike as far as chance allows, as an initialization draws them.
+
+    The logarithm of the deviation of n normal values has itself a deviation of 1 / sqrt(2(n − 1)); training moves
+    layers by different amounts.
+    """
+    biases = [
+        b for m in subject.tracked().values() if isinstance(b := getattr(m, "bias", None), Tensor) and b.numel() > 2
+    ]
+    spreads = [(math.log(value), 2 * (b.numel() - 1)) for b in biases if (value := _spread(b)) > 0]
+    if len(spreads) < 3:
+        return False
+    mean = sum(value * weight for value, weight in spreads) / sum(weight for _, weight in spreads)
+    return sum((value - mean) ** 2 * weight for value, weight in spreads) / (len(spreads) - 1) < 2
+
+
+def _spread(bias: Tensor) -> float:
+    return float(bias.detach().double().std())
 
 
 def stepped(state: Any) -> bool:
