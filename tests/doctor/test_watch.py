@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normwright as nw
 from normwright.doctor import WatchCallback
+from normwright.doctor.check import all_checks
 
 
 def mlp(dropout: float = 0.0) -> nn.Sequential:
@@ -186,6 +187,25 @@ def test_watches_nest_and_one_that_raises_takes_its_own():
             step(model, optimizer)
         step(model, optimizer)
     assert (inner.log.count, outer.log.count) == (1, 2)
+
+
+def test_the_report_holds_the_model_and_says_which_checks_ran_and_which_broke(monkeypatch):
+    def breaks(self, log):
+        raise KeyError("a check")
+
+    model = mlp()
+    optimizer = sgd(model)
+    with nw.watch(model, optimizer) as watch:
+        step(model, optimizer)
+    ran, missed = watch.report.ran, {entry.code for entry in watch.report.not_run}
+    assert watch.report.model is model
+    assert ran
+    assert missed.isdisjoint(ran)
+    broken = next(check for check in all_checks() if check.code == ran[0])
+    monkeypatch.setattr(broken, "watched", breaks)
+    assert watch.report.ran == ran[1:]
+    (entry,) = [entry for entry in watch.report.not_run if entry.code == ran[0]]
+    assert entry.why == "it raised KeyError: 'a check'"
 
 
 def test_errors():

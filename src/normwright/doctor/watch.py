@@ -486,7 +486,7 @@ class watch:
         for name in list(self._pending):
             self._resolve(name)
         subject = self.log.subject
-        report = Report(type(self.model).__name__)
+        report = Report(type(self.model).__name__, model=self.model)
         for check in chosen(self.select, self.ignore):
             if check.watched is Check.watched:
                 continue
@@ -495,6 +495,11 @@ class watch:
             except CannotRun as reason:
                 report.not_run.append(NotRun(check.code, check.name, str(reason)))
                 continue
+            except Exception as error:
+                text = " ".join(str(error).split())
+                report.not_run.append(NotRun(check.code, check.name, f"it raised {type(error).__name__}: {text:.200}"))
+                continue
+            report.ran.append(check.code)
             for finding in found:
                 add(report, finding, subject)
         report.sort()
