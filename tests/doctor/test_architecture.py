@@ -337,6 +337,47 @@ def test_an_optimizer_of_parameters_that_were_replaced():
     assert finding.where == ("1",)
 
 
+def pruned(first):
+    layers = [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)]
+    smaller = {0: nn.Linear(3, 8)} if first else {2: nn.Linear(8, 6), 3: nn.BatchNorm1d(6), 4: nn.Linear(6, 2)}
+    model = nn.Sequential(*layers)
+    before = dict(model.named_parameters())
+    for at, layer in smaller.items():
+        model[at] = layer
+    return model, before, {str(at) for at in smaller}
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_layers_replaced_by_ones_of_another_size(first):
+    model, before, replaced = pruned(first)
+    matrices, vectors = ([p for p in before.values() if p.dim() == axes] for axes in (2, 1))
+    head = [before.pop("4.weight"), before.pop("4.bias")]
+    for groups in (
+        [*before.values(), *head],
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+        [{"params": before.values()}, {"params": head, "lr": 0.01}],
+    ):
+        (finding,) = found("NW709", model, optimizer=torch.optim.SGD(groups, lr=0.1))
+        assert set(finding.where) == replaced
+        assert finding.numbers["tensors_not_in_the_model"] == finding.numbers["parameters_not_held"]
+
+
+def test_a_part_of_the_model_beside_another_model_is_fine():
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    other = nn.Sequential(nn.Linear(3, 7), nn.LayerNorm(7), nn.Linear(7, 5))
+    head, its = [*model[2].parameters()], [*other.parameters()]
+    groups = [its, [*head, *its], [{"params": head}, {"params": its}], [{"params": its}, {"params": head}]]
+    for group in groups:
+        assert found("NW709", model, optimizer=torch.optim.SGD(group, lr=0.1)) == []
+    # a loss with parameters of its own takes the place of the classifier
+    loss = nn.Bilinear(2, 2, 5)
+    body = [*model[0].parameters(), *model[1].parameters(), *loss.parameters()]
+    assert found("NW709", model, optimizer=torch.optim.SGD(body, lr=0.1), loss=loss) == []
+    loss = nn.Linear(8, 5)
+    body = [*model[0].parameters(), *model[1].parameters(), *loss.parameters()]
+    assert found("NW709", model, optimizer=torch.optim.SGD(body, lr=0.1), loss=loss) == []
+
+
 def test_optimizers_of_a_part_or_of_more_are_fine():
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
     other = nn.Linear(3, 7)
