@@ -438,6 +438,22 @@ def test_rows_of_an_image_taken_for_channels():
     assert (raising.code, raising.severity) == ("NW304", "error")
 
 
+def test_what_is_read_behind_a_linear_map_of_the_features():
+    def forward(self, x):
+        return torch.relu(self.mix(torch.relu(self.norm(self.embed(x))))).mean((1, 2))
+
+    parts = {"embed": nn.Linear(3, 8), "norm": nn.BatchNorm2d(6), "mix": nn.Linear(8, 2)}
+    finding = one(Made(forward, **parts), torch.randn(8, 6, 5, 3))
+    assert (finding.code, finding.severity, finding.where) == ("NW304", "warning", ("norm",))
+
+    # a linear map of the frequencies, and a convolution that says what axis 1 is
+    def convolved(self, x):
+        y = torch.relu(self.mix(torch.relu(self.norm(self.embed(x)))))
+        return y.mean((1, 2)) + self.conv(y).mean((1, 2))
+
+    assert codes(Made(convolved, **parts, conv=nn.Conv2d(6, 4, 1)), torch.randn(8, 6, 5, 3)) == []
+
+
 def test_images_that_are_well():
     x = torch.randn(8, 3, 8, 8)
     plain = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))

@@ -183,7 +183,8 @@ class _Rule:
         of_x, shape = self.roles[id(x)], tuple(self.shapes[id(x)])
         if name == "linear":
             _read(x, "linear", -1)
-            return (*of_x[:-1], FEATURES), ()
+            # the other axes are still those of the norm's output, and are read as such behind it
+            return (*of_x[:-1], FEATURES), self.origin
         if name in _CONVOLUTIONS:
             return self._convolved(x, of_x, y)
         if name == "embedding":
