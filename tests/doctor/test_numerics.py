@@ -141,6 +141,18 @@ def test_a_length_without_eps_is_advice():
     assert (finding.code, finding.severity, finding.evidence) == ("NW603", "advice", "advice")
 
 
+def test_an_eps_that_underflows_is_no_overflow():
+    x = torch.randn(16, 64).half()
+    x[3:7] = 0
+    [finding] = found(nn.Sequential(ByHand(eps=1e-12)), x)
+    assert (finding.code, finding.severity) == ("NW603", "error")
+    assert finding.numbers["share not finite"] == pytest.approx(4 / 16)
+    # rows of zeros beside rows that overflow, each under its own name
+    x[8:] *= 400
+    assert {code for code, _, _ in said(nn.Sequential(ByHand(eps=1e-12, center=False)), x)} == {"NW601", "NW603"}
+    assert {code for code, _, _ in said(nn.Sequential(ByHand(center=False)), x)} == {"NW601"}
+
+
 # --------------------------------------------------------------------------------------------------- constant channels
 
 
@@ -192,6 +204,23 @@ def test_one_pass_variance_at_a_large_mean():
     assert said(nn.Sequential(ByHand(one_pass=True)), x - 3000) == []
     assert said(nn.Sequential(ByHand()), x) == []
     assert said(nn.Sequential(nn.LayerNorm(64)), x) == []
+
+
+def test_a_variance_that_comes_out_negative():
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) + 8000
+    one_pass = ByHand(one_pass=True, clamp=False)
+    variance = (x * x).mean(-1) - x.mean(-1).square()
+    negative = float((variance + 1e-5 <= 0).double().mean())
+    assert 0 < negative < 1
+    assert float(x.double().var(-1, correction=0).min()) > 0.5
+    [finding] = found(nn.Sequential(one_pass), x)
+    assert (finding.code, finding.severity, finding.evidence) == ("NW605", "error", "measured")
+    assert finding.numbers["share not finite"] == pytest.approx(negative)
+    assert said(nn.Sequential(one_pass), x - 8000) == []
+    # constant rows are NW603's where eps is 0, whatever their mean
+    y = torch.randn(8, 16)
+    y[3] = 4.0
+    assert said(nn.Sequential(ByHand(eps=0.0, one_pass=True)), y) == [("NW603", ("0",), "error")]
 
 
 def test_half_precision_means():

@@ -99,12 +99,13 @@ def _moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str
 
 @dataclass(frozen=True)
 class Way:
-    """How a module normalizes: over which axes, with what gain and offset.
+    """How a module normalizes: over which axes (of axis 1 split into `groups`), with what gain and offset.
 
     `power` is that of the variance in the divisor: 0.5 is the deviation.
     """
 
     name: str
+    groups: int
     dims: tuple[int, ...]
     affine: tuple[int, ...]
     center: bool
@@ -456,7 +457,7 @@ def _fit(
     offset = mean_y - gain * mean_h
     spread = (y - mean_y).square().mean().sqrt()
     residual = (y - gain * h - offset).square().mean().sqrt() / spread.clamp_min(1e-300)
-    return Way(name, dims, affine, center, power, gain, offset, float(residual.nan_to_num(torch.inf)))
+    return Way(name, groups, dims, affine, center, power, gain, offset, float(residual.nan_to_num(torch.inf)))
 
 
 def handwritten(subject: Subject) -> list[HandWritten]:

@@ -12,7 +12,7 @@ from ..surgery.modules import copied
 from .handwritten import HandWritten, handwritten
 from .probe import NormCall, Subject
 
-__all__ = ["Alone", "alone", "overflows"]
+__all__ = ["Alone", "alone", "centred", "overflows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,16 +65,34 @@ def _hand(one: HandWritten) -> Callable[[Tensor, torch.dtype | None, bool], Tens
     return play
 
 
+def centred(layer: Alone) -> Tensor:
+    """The input less the means that a hand-written norm subtracts, in float64: the same function, without the mean."""
+    way = layer.hand.way if layer.hand is not None else None
+    if way is None or not way.center:
+        return layer.x
+    x = layer.x.double()
+    u = x.unflatten(1, (way.groups, -1)) if way.name == "GroupNorm" else x
+    return (u - u.mean(way.dims, keepdim=True)).reshape(x.shape).to(layer.x.dtype)
+
+
 def overflows(layer: Alone) -> int | None:
-    """At which multiple of the input, 1 or 2, a hand-written norm fails in float16 and not in float64."""
+    """At which multiple of the input, 1 or 2, a hand-written norm fails in float16 and not in float64.
+
+    What also fails on the input scaled to a largest value of 1, whose squares are in range, is no overflow.
+    """
     if layer.hand is None or layer.x.dtype != torch.float16:
         # torch's, timm's and ours compute in float32
         return None
+    in_range = _wrong(layer, layer.x / layer.x.abs().max().clamp_min(1))
     for times in (1, 2):
-        x = layer.x * times
-        narrow, wide = layer.play(x, None, True).double(), layer.play(x, torch.float64, True)
-        # half of the output's size: lost to 0 or to NaN, where rounding is 1e-3
-        wrong = ~narrow.isfinite() | ((narrow - wide).abs() > 0.5 * wide.abs() + 0.05)
-        if wide.isfinite().all() and float(wrong.double().mean()) > 1e-3:
+        if float((_wrong(layer, layer.x * times) & ~in_range).double().mean()) > 1e-3:
             return times
     return None
+
+
+def _wrong(layer: Alone, x: Tensor) -> Tensor:
+    """Which outputs are not what float64 gives; none where that is not finite itself."""
+    narrow, wide = layer.play(x, None, True).double(), layer.play(x, torch.float64, True)
+    # half of the output's size: lost to 0 or to NaN, where rounding is 1e-3
+    wrong = ~narrow.isfinite() | ((narrow - wide).abs() > 0.5 * wide.abs() + 0.05)
+    return wrong & wide.isfinite().all()

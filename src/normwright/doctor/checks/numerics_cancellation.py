@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..check import Check, Finding
-from ..precision import alone, overflows
+from ..precision import Alone, alone, centred, overflows
 from ..probe import Subject
 
 # of the output's deviation, or size if it is not centred: bfloat16's own rounding is 0.4 %, float32's 1e-7
@@ -20,7 +20,8 @@ class Cancellation(Check):
 
     What it does
         Runs a copy of each hand-written norm on the inputs it met, in their type and in float64, and compares. Torch's
-        rounding of the result to that type is far smaller than what is reported.
+        rounding of the result to that type is far smaller than what is reported. Values that are not finite count
+        where float64 gives finite ones, and so does the type itself once the mean is taken from the input.
 
     Why is this bad
         `E[x²] − E[x]²` subtracts two large numbers where the mean is large beside the deviation: at mean 3000 and
@@ -66,7 +67,10 @@ class Cancellation(Check):
                 continue
             narrow, wide = (layer.play(layer.x, dtype, True).double() for dtype in (None, torch.float64))
             size = float(wide.var(correction=0).sqrt() if way.center else wide.square().mean().sqrt())
-            if not narrow.isfinite().all() or not wide.isfinite().all() or not size:
+            if not wide.isfinite().all() or not size:
+                continue
+            if not narrow.isfinite().all():
+                yield from self._negative(subject, layer, ~narrow.isfinite())
                 continue
             lost = float(F.mse_loss(narrow, wide).sqrt()) / size
             if lost > _LOST:
@@ -80,3 +84,17 @@ class Cancellation(Check):
                     falsify="The output in its own type and in float64 agree to the type's resolution.",
                     numbers={"error, deviations of the output": lost, "mean of the input, deviations": mean},
                 )
+
+    def _negative(self, subject: Subject, layer: Alone, bad: torch.Tensor) -> Iterable[Finding]:
+        """Values that are not finite, and are so once the mean is taken away: the variance came out negative, or 0."""
+        share = float((bad & layer.play(centred(layer), None, True).isfinite()).double().mean())
+        if share:
+            yield self.finding(
+                layer.name,
+                f"{subject.name(layer.module)} gives {share:.0%} non-finite values on the inputs it met, in "
+                f"{str(layer.x.dtype)[6:]}: finite in float64, and in {str(layer.x.dtype)[6:]} once the mean is taken "
+                "from the input, so its variance cancels to a negative number or 0.",
+                help="Subtract the mean first and square then, in float32; or use this package's layer, which does.",
+                falsify="The output is finite on these inputs, or stays non-finite without their mean.",
+                numbers={"share not finite": share},
+            )

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from ..check import Check, Finding
-from ..precision import Alone, alone
+from ..precision import Alone, alone, centred
 from ..probe import Subject
 
 
@@ -16,7 +16,8 @@ class EpsBelowResolution(Check):
 
     What it does
         Runs a copy of each norm, in the type that it runs in, on the inputs it met and on zeros. An output that is not
-        finite, from a finite input, is shown; with a larger eps torch's formula gives 0 there.
+        finite, from a finite input, is shown; with a larger eps torch's formula gives 0 there. Of the inputs it met,
+        only what also fails without their mean and scaled to 1 at most counts: cancellation and overflow are others'.
 
     Why is this bad
         Padding, a dead channel or a blank image is a constant input: its variance is 0, and eps alone is left in the
@@ -54,8 +55,10 @@ class EpsBelowResolution(Check):
 
     def find(self, subject: Subject) -> Iterable[Finding]:
         for layer in alone(subject):
-            met = _bad(layer, layer.x)
-            zeros = met or _bad(layer, torch.zeros_like(layer.x))
+            small = centred(layer)
+            small = small / small.abs().max().clamp_min(1)
+            met = float((_bad(layer, layer.x) & _bad(layer, small)).double().mean())
+            zeros = met or float(_bad(layer, torch.zeros_like(layer.x)).double().mean())
             if not zeros:
                 continue
             # the length of a vector is often divided by where it cannot be 0
@@ -74,19 +77,20 @@ class EpsBelowResolution(Check):
             )
 
 
-def _bad(layer: Alone, x: torch.Tensor) -> float:
-    """The share of outputs that are not finite, where the input and the parameters are."""
+def _bad(layer: Alone, x: torch.Tensor) -> torch.Tensor:
+    """Which outputs are not finite, where the input and the parameters are."""
+    none = torch.zeros_like(x, dtype=torch.bool)
     if not x.isfinite().all() or not all(p.isfinite().all() for p in layer.module.parameters()):
-        return 0.0
+        return none
     if layer.hand is None and getattr(layer.module, "eps", 1.0):
         # torch's, timm's and ours add eps to a variance that is no less than 0, in float32
-        return 0.0
+        return none
     try:
         y = layer.play(x, None, True)
     except ValueError:
         # torch's batch norm refuses eps 0 itself
-        return 0.0
-    return float((~y.isfinite()).double().mean()) if _finite_above(layer, x) else 0.0
+        return none
+    return ~y.isfinite() if _finite_above(layer, x) else none
 
 
 def _finite_above(layer: Alone, x: torch.Tensor) -> bool:
