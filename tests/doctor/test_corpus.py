@@ -4,7 +4,13 @@ import pytest
 from corpus import pairs
 
 
-@pytest.mark.parametrize("pair", pairs(), ids=lambda pair: pair.name)
+def marked(pair):
+    """A pair that is known to be missed must fail, so that its mark goes when it no longer does."""
+    marks = [pytest.mark.xfail(strict=True, reason=pair.missed)] if pair.missed else []
+    return pytest.param(pair, id=pair.name, marks=marks)
+
+
+@pytest.mark.parametrize("pair", [marked(pair) for pair in pairs()])
 def test_the_fault_is_found(pair):
     found = {finding.code for finding in pair.buggy}
     assert found & pair.codes, f"{pair.name} is to be reported as one of {sorted(pair.codes)}; found {sorted(found)}"

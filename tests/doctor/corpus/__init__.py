@@ -2,7 +2,8 @@
 
 Each file names the public thread that it is modelled on, and was written from the thread alone. It defines `CODES`,
 the codes under which the fault may be reported, and `buggy()` and `fixed()`, which return the arguments of
-`nw.diagnose`, or the report of `nw.watch`, or the source of a program for the linter.
+`nw.diagnose`, or the report of `nw.watch`, or the source of a program for the linter. A fault that the doctor does not
+find also has `MISSED`, why not.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ class Pair:
     @property
     def codes(self) -> set[str]:
         return self.module.CODES
+
+    @property
+    def missed(self) -> str | None:
+        return getattr(self.module, "MISSED", None)
 
     @property
     def buggy(self) -> list[Found]:
