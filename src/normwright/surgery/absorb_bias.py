@@ -18,10 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from .accelerate import _hooked, _NotProved
-from .fold import _Call, _Flow, _kind, _passes, _recorded, _traced, _undisturbed
+from .flow import Call, Flow, kind, passes, recorded, traced, undisturbed
 from .modules import all_or_nothing, copied
 from .receipt import Edit, Receipt, named_modules_once, output_difference, run_on, shown, tensors_in
+from .tracing import NotProved, hooked
 
 __all__ = ["absorb_bias"]
 
@@ -92,7 +92,7 @@ def absorb_bias(model: nn.Module, inputs: Any = None) -> Receipt:
     names = {module: module_names for module_names, module in named_modules_once(work)}
     receipt = Receipt(work, "absorb_bias")
     with all_or_nothing(work) as undo:
-        flows, modes = _flows(work, inputs, receipt, {module for module in names if _hooked(module)})
+        flows, modes = _flows(work, inputs, receipt, {module for module in names if hooked(module)})
         pairs: list[_Pair] = []
         for layer in names:
             if isinstance(layer, (_ConvNd, nn.Linear)) and layer._parameters.get("bias") is not None:
@@ -116,7 +116,7 @@ def absorb_bias(model: nn.Module, inputs: Any = None) -> Receipt:
         for training in modes:
             outputs = []
             for side in (model, work):
-                with _undisturbed(side):
+                with undisturbed(side):
                     outputs.append(_run(side, inputs, training))
             difference = output_difference(*outputs)
             receipt.max_difference = max(receipt.max_difference or 0.0, difference[0])
@@ -147,7 +147,7 @@ class _Pair:
 
 
 def _run(model: nn.Module, inputs: Any, training: bool) -> Any:
-    """The output on a copy of the inputs, within `_undisturbed`."""
+    """The output on a copy of the inputs, within `undisturbed`."""
     for module in model.modules():
         module.training = training
     return run_on(model, copy.deepcopy(inputs, {id(t): t.detach().clone() for t in tensors_in(inputs)}))
@@ -155,17 +155,17 @@ def _run(model: nn.Module, inputs: Any, training: bool) -> Any:
 
 def _flows(
     model: nn.Module, inputs: Any, receipt: Receipt, watched: set[nn.Module]
-) -> tuple[list[_Flow], tuple[bool, ...]]:
+) -> tuple[list[Flow], tuple[bool, ...]]:
     """The data flow at evaluation and in training, and the modes in which the model runs on the inputs."""
     given = inputs[0] if isinstance(inputs, (list, tuple)) and inputs else inputs
-    flows: list[_Flow] = []
-    recorded: list[_Flow] = []
+    flows: list[Flow] = []
+    seen: list[Flow] = []
     modes: tuple[bool, ...] = ()
     if inputs is not None:
         for training in (False, True):
             try:
-                with _undisturbed(model):
-                    recorded.append(_recorded(model, lambda mode=training: _run(model, inputs, mode), watched)[0])
+                with undisturbed(model):
+                    seen.append(recorded(model, lambda mode=training: _run(model, inputs, mode), watched)[0])
             except Exception as error:
                 if not training:
                     raise
@@ -174,33 +174,33 @@ def _flows(
                 modes = (*modes, training)
     try:
         for training in (False, True):
-            with _undisturbed(model):
+            with undisturbed(model):
                 for module in model.modules():
                     module.training = training
-                flows.append(_traced(model, set(given) if isinstance(given, Mapping) else set(), watched))
+                flows.append(traced(model, set(given) if isinstance(given, Mapping) else set(), watched))
         receipt.facts["order"] = "torch.fx"
-    except _NotProved as reason:
-        flows = recorded
-        order = "recorded on the inputs" if recorded else "not known; pass inputs"
+    except NotProved as reason:
+        flows = seen
+        order = "recorded on the inputs" if seen else "not known; pass inputs"
         receipt.facts["order"] = f"{order} (no trace: {reason})"
     for flow in flows:
-        flow.axes = recorded[0].axes if recorded else {}
+        flow.axes = seen[0].axes if seen else {}
     return flows, modes
 
 
-def _pair(layer: Any, flows: list[_Flow]) -> _Pair | None:
+def _pair(layer: Any, flows: list[Flow]) -> _Pair | None:
     """The layer with its batch norm; None where no batch norm reads its output."""
     norms = {norm for flow in flows for call in flow.calls.get(layer, []) for norm in _readers(call, flow)}
-    norms = {norm for norm in norms if norm and (isinstance(norm, _BatchNorm) or _kind(norm) in _NORMS)}
+    norms = {norm for norm in norms if norm and (isinstance(norm, _BatchNorm) or kind(norm) in _NORMS)}
     if not norms:
         return None
     norm: Any = next(iter(norms))
-    kind = inspect.unwrap(type(layer).forward).__module__
-    if kind not in _ADD_LAST or _kind(norm) not in _NORMS:
-        unknown = type(norm if kind in _ADD_LAST else layer)
+    owner = inspect.unwrap(type(layer).forward).__module__
+    if owner not in _ADD_LAST or kind(norm) not in _NORMS:
+        unknown = type(norm if owner in _ADD_LAST else layer)
         raise _Left(f"{unknown.__module__}.{unknown.__qualname__} is a class whose forward is not known")
     for module, what in ((layer, "it"), (norm, "its batch norm")):
-        if _hooked(module):
+        if hooked(module):
             raise _Left(f"{what} has hooks, which would see other values")
         if "forward" in vars(module):
             raise _Left(f"{what} has its forward replaced on the instance")
@@ -217,18 +217,18 @@ def _pair(layer: Any, flows: list[_Flow]) -> _Pair | None:
     if getattr(norm, "nw_frozen", False):
         raise _Left("the statistics of its batch norm are frozen, so that it acts and learns")
     wanted = 2 if isinstance(layer, nn.Linear) else 2 + len(layer.kernel_size)
-    axes = flows[0].axes.get(norm, _NORMS[_kind(norm)])
+    axes = flows[0].axes.get(norm, _NORMS[kind(norm)])
     if axes != wanted:
         got = f"it gets {axes}" if axes else "nothing shows how many it gets; pass inputs that reach it"
         raise _Left(f"its channels are those of the batch norm if that gets {wanted} axes, and {got}")
     return _Pair(layer, norm)
 
 
-def _readers(call: _Call, flow: _Flow) -> list[nn.Module | None]:
+def _readers(call: Call, flow: Flow) -> list[nn.Module | None]:
     """The modules that read what this call made, past those that give it on; None for any other reader."""
     found: list[nn.Module | None] = []
     for reader in flow.readers.get(call.result, []):
-        if reader is not None and _passes(reader.module):
+        if reader is not None and passes(reader.module):
             found += _readers(reader, flow)
         else:
             found.append(None if reader is None else reader.module)
@@ -238,11 +238,11 @@ def _readers(call: _Call, flow: _Flow) -> list[nn.Module | None]:
 def _unseen(model: nn.Module, inputs: Any, pairs: list[_Pair], modes: tuple[bool, ...]) -> bool:
     """Whether the output stays the same where everyone but the norms sees other biases."""
     for training in modes:
-        with _undisturbed(model):
+        with undisturbed(model):
             before = _run(model, inputs, training)
         # a comparison or a maximum shows one of the two, a sum either
         for value in (float("inf"), -float("inf")):
-            with _undisturbed(model):
+            with undisturbed(model):
                 for pair in pairs:
                     _hide(pair, value)
                 try:

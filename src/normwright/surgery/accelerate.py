@@ -44,6 +44,7 @@ from .receipt import (
     run_on,
     tensors_in,
 )
+from .tracing import NotProved, Tracer, hooked, inplace, outside_torch
 
 __all__ = ["accelerate"]
 
@@ -144,7 +145,7 @@ def accelerate(model: nn.Module, inputs: Any = None) -> Receipt:
     for block in _blocks(modules):
         try:
             fusions = _fuse(block)
-        except _NotProved as reason:
+        except NotProved as reason:
             skipped[names_of[block][0]] = f"forward kept, nothing fused in it: {reason}"
             continue
         for fusion in fusions:
@@ -212,12 +213,6 @@ def _apply(
     return cls.forward(view, x, residual)
 
 
-def _hooked(module: nn.Module) -> bool:
-    state = module.__dict__
-    forward = state["_forward_hooks"] or state["_forward_pre_hooks"]
-    return bool(forward or state["_backward_hooks"] or state["_backward_pre_hooks"])
-
-
 def _globally_hooked() -> bool:
     return bool(
         torch_module._global_forward_hooks
@@ -249,7 +244,7 @@ def _act_of(module: nn.Module) -> str | None:
 
 def _passive(step: nn.Module, act: str | None) -> bool:
     """Whether a module is still the identity, or the activation `act` if one is named, with nobody watching."""
-    return (type(step) is nn.Identity if act is None else _act_of(step) == act) and not _hooked(step)
+    return (type(step) is nn.Identity if act is None else _act_of(step) == act) and not hooked(step)
 
 
 def _as_proved(steps: tuple[nn.Module | str, ...], act: str | None) -> bool:
@@ -264,7 +259,7 @@ def _fused(x: Any, residual: Any, act: str | None, norm: nn.Module, *steps: nn.M
         type(norm) in _TWIN_CLASSES
         and type(x) is Tensor
         and (residual is None or (type(residual) is Tensor and residual.shape == x.shape and residual.dtype == x.dtype))
-        and not _hooked(norm)
+        and not hooked(norm)
         and _as_proved(steps, act)
         and not _globally_hooked()
         and not torch.compiler.is_compiling()
@@ -293,10 +288,6 @@ class _Fusion:
 
     def __str__(self) -> str:
         return f"{' + residual' if self.residual else ''}{f' + {self.act}' if self.act else ''}"
-
-
-class _NotProved(Exception):
-    """Why a block's forward cannot be replaced."""
 
 
 # ------------------------------------------------------------------------------------------------- classes made here
@@ -440,17 +431,17 @@ def _fuse(block: nn.Module) -> list[_Fusion]:
     """Give the block a class that fuses, if there is anything to fuse; say what was fused."""
     cls = type(block)
     if "forward" in vars(block):
-        raise _NotProved("its forward was replaced on the instance")
+        raise NotProved("its forward was replaced on the instance")
     own = cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__
     if own or hasattr(cls, "__deepcopy__"):
-        raise _NotProved("its class copies or pickles itself in its own way")
+        raise NotProved("its class copies or pickles itself in its own way")
     if cls.forward is nn.Sequential.forward:
         names = {module: name for name, module in block.named_children()}
         children = list(block._modules.values())
         found = [
             _Fusion(names[norm], act)
             for norm, act, steps in _runs(children)
-            if act and not any(map(_hooked, (norm, *steps)))
+            if act and not any(map(hooked, (norm, *steps)))
         ]
         if found:
             block.__class__ = _sequential(cls)
@@ -466,76 +457,9 @@ def _fuse(block: nn.Module) -> list[_Fusion]:
         try:
             imports = _format_import_block(code.globals, sys_importer)
         except (ObjNotFoundError, ObjMismatchError) as error:
-            raise _NotProved(f"its forward calls a function that cannot be imported: {error}") from error
+            raise NotProved(f"its forward calls a function that cannot be imported: {error}") from error
         block.__class__ = _traced(cls, imports + code.src, count, reads)
     return found
-
-
-class _Proxy(fx.Proxy):
-    """A proxy that says so when the traced code asks what type it has, which isinstance does."""
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        if _outside_torch(sys._getframe(1)):
-            raise _NotProved("its forward asks for the type of a tensor")
-        return _Proxy
-
-
-def _inplace(name: str, left: Any, right: Any) -> Any:
-    """`left += right` and its like: writes into a tensor, makes a new number."""
-    return getattr(operator, name)(left, right)
-
-
-def _record_inplace(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    return lambda self, other: self.tracer.create_proxy("call_function", _inplace, (name, self, other), {})
-
-
-# fx knows none of these, so Python makes `x += y` an `x + y` that leaves x alone
-for _name in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
-    setattr(_Proxy, f"__{_name}__", _record_inplace(_name))
-
-
-def _outside_torch(frame: Any) -> bool:
-    while frame.f_globals.get("__name__") == "abc":  # isinstance with an abstract class
-        frame = frame.f_back
-    return frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", __name__.partition(".")[0])
-
-
-class _Tracer(fx.Tracer):
-    """Traces one module with all its children as leaves, and refuses what the graph would not show."""
-
-    proxy_buffer_attributes = True
-
-    def __init__(self, inputs: list[str]) -> None:
-        super().__init__()
-        self.inputs = inputs
-        self.ambient = _ambient()
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        # only the required ones: the others keep their defaults, and a call that passes them gets the original
-        proxies = [self.create_proxy("placeholder", name, (), {}) for name in self.inputs]
-        return root_fn, [self.root, *proxies]
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _ambient() != self.ambient:
-            raise _NotProved("its forward switches gradients, autocast or checkpointing")
-        return super().create_node(*args, **kwargs)
-
-
-def _ambient() -> tuple[Any, ...]:
-    """What a context manager around a call can change and a graph does not record."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
-        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,  # type: ignore[attr-defined]
-    )
 
 
 def _trace(block: nn.Module) -> tuple[fx.Graph, int, tuple[tuple[str, str, Any], ...]]:
@@ -543,7 +467,7 @@ def _trace(block: nn.Module) -> tuple[fx.Graph, int, tuple[tuple[str, str, Any],
     forward = type(block).forward
     code = getattr(forward, "__code__", None)
     if not isinstance(forward, FunctionType) or code is None or code.co_flags & 0x0C or code.co_kwonlyargcount:
-        raise _NotProved("its forward takes *args, **kwargs or keyword-only arguments")
+        raise NotProved("its forward takes *args, **kwargs or keyword-only arguments")
     inputs = list(code.co_varnames[1 : code.co_argcount - len(forward.__defaults__ or ())])
     graphs, reads = [], set()
     modes = [(True, True, False), (False, False, False), (True, True, True)]
@@ -561,30 +485,28 @@ def _trace(block: nn.Module) -> tuple[fx.Graph, int, tuple[tuple[str, str, Any],
             found = stack.enter_context(_attribute_reads(trial))
             drawn = torch.get_rng_state()
             try:
-                graph = _Tracer(inputs).trace(trial)
-            except _NotProved:
+                graph = Tracer(inputs).trace(trial)
+            except NotProved:
                 raise
             except Exception as error:
                 reason = " ".join(str(error).split())
-                raise _NotProved(
-                    f"torch.fx cannot trace its forward ({type(error).__name__}: {reason:.100})"
-                ) from error
+                raise NotProved(f"torch.fx cannot trace its forward ({type(error).__name__}: {reason:.100})") from error
             if not torch.equal(drawn, torch.get_rng_state()) or draws != random.getstate():
-                raise _NotProved("its forward draws random numbers that a trace would fix")
+                raise NotProved("its forward draws random numbers that a trace would fix")
         for module, attributes in state:
             for key in attributes.keys() | vars(module).keys():
                 if key.startswith("_tensor_constant"):
-                    raise _NotProved("its forward makes a tensor that a trace would fix")
+                    raise NotProved("its forward makes a tensor that a trace would fix")
                 if attributes.get(key, _MISSING) is not vars(module).get(key, _MISSING):
-                    raise _NotProved(f"its forward sets self.{key}")
+                    raise NotProved(f"its forward sets self.{key}")
         graphs.append(graph)
         reads |= _baked(trial, found)
     if any(read[1] == "training" for read in reads):
-        raise _NotProved("its forward reads self.training, which a trace would fix")
+        raise NotProved("its forward reads self.training, which a trace would fix")
     texts = [str(graph) for graph in graphs]
     for other, why in ((1, "training mode or on gradients"), (2, "autocast")):
         if texts[other] != texts[0]:
-            raise _NotProved(f"its forward depends on {why}")
+            raise NotProved(f"its forward depends on {why}")
     return graphs[0], len(inputs), tuple(sorted(reads, key=repr))
 
 
@@ -597,7 +519,7 @@ def _attribute_reads(root: nn.Module) -> Iterator[set[tuple[str, str]]]:
 
     def read(self: nn.Module, name: str) -> Any:
         ours = id(self) in names and not name.startswith("__") and threading.get_ident() == thread
-        if ours and _outside_torch(sys._getframe(1)):
+        if ours and outside_torch(sys._getframe(1)):
             found.add((names[id(self)], name))
         return object.__getattribute__(self, name)
 
@@ -623,7 +545,7 @@ def _baked(root: nn.Module, found: set[tuple[str, str]]) -> set[tuple[str, str, 
             continue  # a method of the class
         items = value if type(value) is tuple else (value,)
         if not all(isinstance(item, _SIMPLE) for item in items):
-            raise _NotProved(f"its forward reads {shown_name}, a {type(value).__name__} that may change unseen")
+            raise NotProved(f"its forward reads {shown_name}, a {type(value).__name__} that may change unseen")
         baked.add((path, name, value))
     return baked
 
@@ -641,7 +563,7 @@ def _rewrite(graph: fx.Graph, block: nn.Module) -> list[_Fusion]:
             or type(norm) not in _TWIN_CLASSES
             or norm.act is not None
             or calls.count(norm) > 1
-            or _hooked(norm)
+            or hooked(norm)
         ):
             continue
         if len(node.args) != 1 or node.kwargs or "forward" in vars(norm):
@@ -679,7 +601,7 @@ def _follow(
         module = child.get(user)
         if module is not None:
             act = _act_of(module)
-            if user.args != (last,) or user.kwargs or _hooked(module) or not (act or type(module) is nn.Identity):
+            if user.args != (last,) or user.kwargs or hooked(module) or not (act or type(module) is nn.Identity):
                 act = None
                 break
             steps.append(user)
@@ -719,7 +641,7 @@ def _plain_act(user: fx.Node, last: fx.Node) -> str | None:
 def _addition(user: fx.Node, last: fx.Node) -> tuple[str, fx.Node] | None:
     """The step and the other operand if this node adds one to `last`."""
     step, operands = None, user.args
-    if user.target is _inplace:
+    if user.target is inplace:
         step, operands = str(user.args[0]), user.args[1:]
     elif user.op == "call_function":
         step = _ADDS.get(user.target)

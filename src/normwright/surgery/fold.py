@@ -10,41 +10,33 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
-import itertools
 import math
 import sys
-import weakref
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from operator import attrgetter
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.utils._pytree import tree_leaves
 
 from ..layers.twins import _ACT_MODULES
-from .accelerate import _hooked, _NotProved, _Tracer
+from .flow import CHANNEL_NORMS, Call, Flow, kind, passes, recorded, traced, undisturbed
 from .modules import all_or_nothing, become, copied, names_of_parameters
 from .receipt import (
     Edit,
     Forward,
     Receipt,
-    buffers_restorer,
-    evaluating,
     named_modules_once,
     output_difference,
-    rng_kept,
     run_on,
     shown,
     tensors_in,
 )
+from .tracing import NotProved, hooked
 
 __all__ = ["fold"]
 
@@ -55,28 +47,6 @@ _LAYERS = {
     ("timm.layers.conv2d_same", "Conv2dSame"),
     *(("torch.nn.modules.conv", name) for name in _CONVOLUTIONS),
 }
-# norms that keep running statistics of channels (axis 1), and the number of axes that their forward insists on
-_NORMS: dict[tuple[str, str], int | None] = {
-    ("torch.nn.modules.batchnorm", "SyncBatchNorm"): None,
-    ("normwright.layers.sync_batch_norm", "SyncBatchNorm"): None,
-    ("normwright.layers.norm", "GhostBatchNorm"): None,
-    ("normwright.layers.batch_renorm", "BatchRenorm"): None,
-    ("timm.layers.norm_act", "BatchNormAct2d"): 4,
-    ("timm.layers.norm_act", "SyncBatchNormAct"): None,
-    ("timm.layers.norm_act", "FrozenBatchNormAct2d"): None,
-    ("torchvision.ops.misc", "FrozenBatchNorm2d"): None,
-    **{
-        (module.format(kind), f"{name}{n}d"): axes
-        for kind, name in (("batchnorm", "BatchNorm"), ("instancenorm", "InstanceNorm"))
-        for module in ("torch.nn.modules.{}", "normwright.layers.twins")
-        # one place axis or none, a batch or none: only these two leave no choice
-        for n, axes in ((1, None), (2, 4 if name == "BatchNorm" else None), (3, 5 if name == "BatchNorm" else None))
-    },
-}
-_METADATA = {"shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_cuda", "layout"}
-
-_CALLED_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 # roundings in a row: the layer, subtract, scale, shift, and the folded weight's and bias's own
 _MARGIN = 8.0
 
@@ -216,18 +186,13 @@ def _apply(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
         return function(
             x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
         )
-    if _kind(layer)[1] == "Conv2dSame":
+    if kind(layer)[1] == "Conv2dSame":
         same = sys.modules["timm.layers.conv2d_same"].conv2d_same
         return same(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
     return layer._conv_forward(x, weight, bias)
 
 
 # ------------------------------------------------------------------------------------------------- folding on the fly
-
-
-def _kind(module: nn.Module) -> tuple[str, str]:
-    cls = getattr(type(module), "_folded_from", type(module))
-    return cls.__module__, cls.__name__
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:
@@ -257,175 +222,6 @@ def _on_the_fly(base: type[nn.Module]) -> type[nn.Module]:
         "_folded_from": base,
     }
     return type(f"Folded{base.__name__}", (base,), methods)
-
-
-# ------------------------------------------------------------------------------------------------------ the data flow
-
-
-@dataclass(eq=False)
-class _Call:
-    """One call of a module: the value that it reads, if it is called with one tensor alone, and the value it makes."""
-
-    module: nn.Module
-    alone: bool
-    source: Any
-    result: Any = None
-
-
-@dataclass
-class _Flow:
-    """Calls of modules and the values between them; a reader that is no such call is None."""
-
-    calls: dict[nn.Module, list[_Call]] = field(default_factory=lambda: defaultdict(list))
-    made_by: dict[Any, _Call] = field(default_factory=dict)
-    readers: dict[Any, list[_Call | None]] = field(default_factory=lambda: defaultdict(list))
-    tensors_read: set[int] = field(default_factory=set)  # parameters and buffers, by id
-    axes: dict[nn.Module, int] = field(default_factory=dict)  # of a module's input, where a run has shown them
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    torch_own = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
-    return not module._modules or torch_own or _kind(module) in _NORMS
-
-
-def _passes(module: nn.Module) -> bool:
-    """Whether a module gives its input on, in training too."""
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p == 0
-    return type(vars(module).get("_rest", (module,))[0]) is nn.Identity
-
-
-class _FlowTracer(_Tracer):
-    """Traces the whole model, and notes what modules with hooks get and give."""
-
-    def __init__(self, inputs: list[str], watched: set[nn.Module]) -> None:
-        super().__init__(inputs)
-        self.watched = watched
-        self.seen: list[Any] = []
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _is_leaf(m)
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        result = super().call_module(m, forward, args, kwargs)
-        if m in self.watched:
-            self.seen.append((args, kwargs, result))
-        return result
-
-
-def _traced(model: nn.Module, given: set[str], watched: set[nn.Module]) -> _Flow:
-    """The model's flow by torch.fx, hooks aside."""
-    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
-    if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
-        raise _NotProved("its forward takes *args, **kwargs or keyword-only arguments")
-    names = [p.name for p in parameters if p.default is p.empty]
-    if not given <= set(names):
-        raise _NotProved("the inputs name optional arguments")
-    for module in model.modules():
-        vars(module).update({key: OrderedDict() for key in _CALLED_HOOKS})
-    tracer = _FlowTracer(names, watched)
-    try:
-        graph = tracer.trace(model)
-    except _NotProved:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise _NotProved(f"{type(error).__name__}: {reason:.100}") from error
-    flow = _Flow()
-    for node in graph.nodes:
-        if node.op == "get_attr" and (not node.users or not all(map(_asks_metadata, node.users))):
-            flow.tensors_read.add(id(attrgetter(str(node.target))(model)))
-        call = None
-        if node.op == "call_module":
-            alone = len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node)
-            call = _Call(model.get_submodule(str(node.target)), alone, node.args[0] if alone else None, node)
-            flow.calls[call.module].append(call)
-            flow.made_by[node] = call
-        if not _asks_metadata(node):
-            for source in node.all_input_nodes:
-                flow.readers[source].append(call if call and call.source is source else None)
-    for value in tree_leaves([tracer.seen, _kept(model)]):
-        if isinstance(value, fx.Proxy):
-            flow.readers[value.node].append(None)
-    return flow
-
-
-def _asks_metadata(node: fx.Node) -> bool:
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in _METADATA
-    return node.op == "call_method" and node.target in _METADATA
-
-
-def _kept(model: nn.Module) -> list[Any]:
-    """What the modules keep as plain attributes, where an intermediate result may have been put."""
-    tables = {"_parameters", "_buffers", "_modules"}
-    return [value for module in model.modules() for key, value in vars(module).items() if key not in tables]
-
-
-def _recorded(model: nn.Module, run: Callable[[], Any], watched: set[nn.Module]) -> tuple[_Flow, Any]:
-    """The flow as one run shows it, by the identity of tensors, and the run's output.
-
-    What functions read, and what is written in place, it does not show: the trial finds that.
-    """
-    flow = _Flow()
-    known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-    numbers = itertools.count()
-    opened: list[_Call] = []
-
-    def key(tensor: Tensor) -> int | None:
-        ref, number = known.get(id(tensor), (lambda: None, None))
-        return number if ref() is tensor else None
-
-    def somebody_reads(value: Any) -> None:
-        for tensor in tensors_in(value):
-            if (number := key(tensor)) is not None:
-                flow.readers[number].append(None)
-
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        call = _Call(module, alone, key(args[0]) if alone else None)
-        opened.append(call)
-        if alone:
-            flow.axes[module] = args[0].dim()
-        if call.source is None:
-            somebody_reads((args, kwargs))
-        else:
-            flow.readers[call.source].append(call)
-
-    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        while (call := opened.pop()).module is not module:
-            pass  # a call that raised and was caught
-        flow.calls[module].append(call)
-        if isinstance(output, Tensor):
-            # a new number though the tensor may be the input: the module may have written into it
-            call.result = next(numbers)
-            known[id(output)] = (weakref.ref(output), call.result)
-            flow.made_by[call.result] = call
-
-    def watch(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        somebody_reads((args, kwargs, output))
-
-    for module in model.modules():
-        if _is_leaf(module) and not _passes(module):
-            module.register_forward_pre_hook(enter, with_kwargs=True)
-            module.register_forward_hook(leave, with_kwargs=True)
-        if module in watched:
-            module.register_forward_hook(watch, with_kwargs=True)
-    output = run()
-    somebody_reads([output, [value for value in tree_leaves(_kept(model)) if isinstance(value, Tensor)]])
-    return flow, output
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """At evaluation; what is done to the modules meanwhile, and what their forward writes to them, is undone."""
-    restore_buffers = buffers_restorer({names[0]: module for names, module in named_modules_once(model)})
-    with all_or_nothing(model) as restore, evaluating(model), rng_kept(model):
-        try:
-            yield
-        finally:
-            restore()
-            restore_buffers()
 
 
 # ------------------------------------------------------------------------------------------------- choosing and trying
@@ -490,14 +286,14 @@ def _adds_zeros(layer: Any) -> bool:
     ones = all(k == 1 for k in layer.kernel_size)
     if layer.transposed:
         return not ones or any(s != 1 for s in layer.stride) or any(layer.output_padding)
-    if layer.padding == "same" or _kind(layer)[1] == "Conv2dSame":
+    if layer.padding == "same" or kind(layer)[1] == "Conv2dSame":
         return layer.padding_mode == "zeros" and not ones
     return layer.padding_mode == "zeros" and layer.padding != "valid" and any(layer.padding)
 
 
 def _keeps_statistics(module: nn.Module) -> bool:
     running = getattr(module, "running_mean", None)
-    return _kind(module) in _NORMS or isinstance(module, _NormBase) or isinstance(running, Tensor)
+    return kind(module) in CHANNEL_NORMS or isinstance(module, _NormBase) or isinstance(running, Tensor)
 
 
 def _rest(norm: nn.Module) -> nn.Module:
@@ -525,7 +321,7 @@ class _Folding:
     def __init__(self, model: nn.Module, inputs: Any, forward: Forward | None, differentiable: bool) -> None:
         self.model, self.inputs, self.forward, self.differentiable = model, inputs, forward, differentiable
         self.names = {module: names for names, module in named_modules_once(model)}
-        self.watched = {module for module in self.names if _hooked(module)}
+        self.watched = {module for module in self.names if hooked(module)}
         self.refused: dict[nn.Module, str] = {}
         self.before: Any = None
         self.receipt = Receipt(model, "fold")
@@ -534,7 +330,7 @@ class _Folding:
 
     def run(self) -> Any:
         """The output on a copy of the inputs, the model left as it was."""
-        with _undisturbed(self.model):
+        with undisturbed(self.model):
             return self._run()
 
     def _run(self) -> Any:
@@ -571,35 +367,35 @@ class _Folding:
             self._flow()  # raises if the forward asks for something that is gone
         return later and bool(pairs)
 
-    def _flow(self) -> tuple[_Flow, Any]:
+    def _flow(self) -> tuple[Flow, Any]:
         """The model's data flow, and its output on the inputs."""
         given = self.inputs[0] if isinstance(self.inputs, (list, tuple)) and self.inputs else self.inputs
         flow, output, why = None, None, "`forward=` is given"
         if self.forward is None:
             try:
-                with _undisturbed(self.model):
-                    flow = _traced(self.model, set(given) if isinstance(given, Mapping) else set(), self.watched)
+                with undisturbed(self.model):
+                    flow = traced(self.model, set(given) if isinstance(given, Mapping) else set(), self.watched)
                 self.receipt.facts["order"] = "torch.fx"
-            except _NotProved as reason:
+            except NotProved as reason:
                 why = str(reason)
         if self.inputs is not None:
-            with _undisturbed(self.model):
-                recorded, output = _recorded(self.model, self._run, self.watched)
+            with undisturbed(self.model):
+                seen, output = recorded(self.model, self._run, self.watched)
             if flow is None:
-                flow, self.receipt.facts["order"] = recorded, f"recorded on the inputs (no trace: {why})"
-            flow.axes = recorded.axes
+                flow, self.receipt.facts["order"] = seen, f"recorded on the inputs (no trace: {why})"
+            flow.axes = seen.axes
         elif flow is None:
             if self.receipt.edits:
                 raise RuntimeError(
                     f"The model traced before its norms were folded, and now does not ({why}): its forward asks a norm "
                     "for more than its output. Pass inputs, so that this norm is found and left alone."
                 )
-            flow, self.receipt.facts["order"] = _Flow(), f"not known (no trace: {why}); pass inputs"
+            flow, self.receipt.facts["order"] = Flow(), f"not known (no trace: {why}); pass inputs"
         return flow, output
 
     # ---------------------------------------------------------------------------------------------------- choosing
 
-    def _choose(self, norm: nn.Module, flow: _Flow) -> _Pair:
+    def _choose(self, norm: nn.Module, flow: Flow) -> _Pair:
         """The norm and the layer before it, else the one behind it."""
         self._check_norm(norm, flow)
         (call,) = flow.calls[norm]
@@ -615,11 +411,11 @@ class _Folding:
         text = f"before it: {reasons[0]}; behind it: {reasons[1]}"
         raise _Later(text) if any(isinstance(reason, _Later) for reason in reasons) else _Left(text)
 
-    def _check_norm(self, norm: Any, flow: _Flow) -> None:
+    def _check_norm(self, norm: Any, flow: Flow) -> None:
         if norm in self.refused:
             raise _Left(self.refused[norm])
-        if _kind(norm) not in _NORMS:
-            raise _Left(f"{'.'.join(_kind(norm))} is a class whose forward is not known")
+        if kind(norm) not in CHANNEL_NORMS:
+            raise _Left(f"{'.'.join(kind(norm))} is a class whose forward is not known")
         if "forward" in vars(norm):
             raise _Left("its forward was replaced on the instance")
         if norm in self.watched:
@@ -635,7 +431,7 @@ class _Folding:
         if any(id(tensor) in flow.tensors_read for tensor in (*norm.parameters(False), *norm.buffers(False))):
             raise _Left("its parameters or statistics are read elsewhere")
 
-    def _neighbour(self, call: _Call, flow: _Flow, behind: bool) -> tuple[nn.Module, str | None]:
+    def _neighbour(self, call: Call, flow: Flow, behind: bool) -> tuple[nn.Module, str | None]:
         """The module whose output the norm reads, or that alone reads the norm's; and who else reads that output."""
         shared = None
         while True:
@@ -651,13 +447,13 @@ class _Folding:
                 found = readers[0] if len(readers) == 1 else None
                 if found is None:
                     raise _Left("its output is not read by one layer alone")
-            if not _passes(found.module):
+            if not passes(found.module):
                 return found.module, shared
             call = found
 
-    def _check_pair(self, pair: _Pair, flow: _Flow, shared: str | None) -> None:
+    def _check_pair(self, pair: _Pair, flow: Flow, shared: str | None) -> None:
         norm, layer, name = pair.norm, pair.layer, self._name(pair.layer)
-        if _kind(layer) not in _LAYERS:
+        if kind(layer) not in _LAYERS:
             reason = f"{name} is a {type(layer).__name__}, into which nothing folds"
             raise _Later(reason) if _keeps_statistics(layer) else _Left(reason)
         if layer in self.watched or "forward" in vars(layer):
@@ -678,7 +474,7 @@ class _Folding:
         if "_folds" in vars(layer) and not self.differentiable:
             raise _Left(f"{name} folds another norm on the fly")
         linear = isinstance(layer, nn.Linear)
-        axes = flow.axes.get(norm) if self.inputs is not None else _NORMS[_kind(norm)]
+        axes = flow.axes.get(norm) if self.inputs is not None else CHANNEL_NORMS[kind(norm)]
         if axes is None:
             raise _Left(f"how many axes lie between it and {name} is not known without inputs")
         if axes != (2 if linear else len(layer.kernel_size) + 2) or (linear and isinstance(norm, _InstanceNorm)):
@@ -715,7 +511,7 @@ class _Folding:
     def _trial(self, pairs: list[_Pair], output: Any) -> tuple[bool, dict[_Pair, str]]:
         """Whether the output stays when all that these folds would change is NaN; and which of them compute another."""
         differing: dict[_Pair, str] = {}
-        with _undisturbed(self.model):
+        with undisturbed(self.model):
             for pair in pairs:
                 _rig(pair, differing)
             try:
