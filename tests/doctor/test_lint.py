@@ -408,6 +408,46 @@ class Policy(nn.Module):
         self.observations = Observations(4)
         self.net = nn.Sequential(Observations(4), nn.Linear(4, 2))
 """,
+    "statistics of conditional layers with their graph": HEAD
+    + """
+class Base(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(n))
+
+class Shifted(Base):
+    def forward(self, x, shift):
+        mean = x.mean(0) if self.training else self.running_mean
+        if self.training:
+            self.running_mean = 0.9 * self.running_mean + 0.1 * mean  # !NW903
+        out = x - mean
+        out += shift[:, None]
+        return out
+
+class Residual(Base):
+    def forward(self, x, *, residual):
+        mean = x.mean(0)
+        self.running_mean.lerp_(mean, 0.1)  # !NW903
+        out = residual + (x - mean)
+        return out
+
+class Detached(Base):
+    def forward(self, x, shift):
+        mean = x.mean(0)
+        self.running_mean.lerp_(mean.detach(), 0.1)
+        return x - mean + shift
+
+class Masked(Base):
+    def forward(self, x, mask, eps):
+        mean = x.mean(0)
+        self.running_mean.lerp_(mean, 0.1)
+        return (x - mean) / (x.var(0) + eps) * mask
+
+class Observations(Base):
+    def forward(self, x, noise):
+        self.running_mean.lerp_(x.mean(0), 0.1)
+        return x - self.running_mean + noise
+""",
     "softmax into cross-entropy in many ways": HEAD
     + """
 from collections import OrderedDict
@@ -1086,6 +1126,96 @@ def main(loader):
         net(torch.zeros(2, 1, 28, 28))  # !NW908
     train(net, loader)
 """,
+    "probing a part of what is trained": HEAD
+    + MODEL
+    + """
+from collections import OrderedDict
+
+class Whole(nn.Module):
+    def __init__(self, body, width):
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+class Features(Whole):
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.body(x)
+        return self.head(x)
+
+def train(model, loader):
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    for x, y in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+def of_a_class(loader):
+    body = Net()
+    width = body(torch.zeros(2, 1, 28, 28)).shape[1]  # !NW908
+    model = Whole(width=width, body=body).to("cuda")
+    train(model, loader)
+
+def on_the_way(loader):
+    body = Net()
+    body = body.to("cuda")
+    body(torch.zeros(2, 1, 28, 28))  # !NW908
+    train(Whole(body.train(), 10), loader)
+
+def ordered(loader):
+    body = Net()
+    body(torch.zeros(2, 1, 28, 28))  # !NW908
+    body = nn.Sequential(OrderedDict([("body", body), ("head", nn.Linear(10, 10))]))
+    train(body, loader)
+
+def build():
+    body = Net()
+    width = body(torch.zeros(2, 1, 28, 28)).shape[1]  # !NW908
+    return nn.DataParallel(nn.Sequential(body, nn.Linear(width, 10)))
+
+def of_a_caller(loader):
+    model = build().to("cuda")
+    train(model, loader)
+
+def restored(loader):
+    body = Net()
+    body(torch.zeros(2, 1, 28, 28))
+    model = nn.Sequential(body, nn.Linear(10, 10))
+    model.load_state_dict(torch.load("x.pt"))
+    train(model, loader)
+
+def features(loader):
+    body = Net()
+    body(torch.zeros(2, 1, 28, 28))
+    model = Features(body, 10)
+    train(model, loader)
+
+def another(loader):
+    body = Net()
+    width = body(torch.zeros(2, 1, 28, 28)).shape[1]
+    model = nn.Sequential(body, nn.Linear(width, 10))
+    model = nn.Sequential(Net(), nn.Linear(width, 10))
+    train(model, loader)
+
+def read_only(loader):
+    body = Net()
+    width = body(torch.zeros(2, 1, 28, 28)).shape[1]
+    model = nn.Sequential(Net(), nn.Linear(body.width, 10), copy.deepcopy(body))
+    train(model, loader)
+
+def tested():
+    body = Net()
+    width = body(torch.zeros(2, 1, 28, 28)).shape[1]
+    return nn.Sequential(body, nn.Linear(width, 10))
+
+def evaluated(loader):
+    model = tested()
+    for x, y in loader:
+        model(x)
+""",
     "probing that does no harm": HEAD
     + MODEL
     + """
@@ -1420,6 +1550,87 @@ class Hidden(nn.Module):
 
     def forward(self, x):
         return self.teacher[0](x)
+""",
+    "layers put into a plain list one by one": HEAD
+    + """
+class Appended(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.convs = list()  # !NW918
+        self.norms = {}  # !NW918
+        acts = []
+        linears = []
+        for i in range(n):
+            conv = nn.Conv2d(8, 8, 3)
+            nn.init.zeros_(conv.bias)
+            self.convs.append(conv)
+            self.norms[i] = nn.BatchNorm2d(8)
+            acts.append(nn.ReLU())
+            linears.append(nn.Linear(8, 8))
+        self.acts = acts
+        self.linears = linears  # !NW918
+
+    def forward(self, x):
+        for i, conv in enumerate(self.convs):
+            x = self.norms[i](conv(x))
+        for linear in reversed(self.linears):
+            x = linear(x)
+        return self.acts[0](x)
+
+class Known(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.order = []
+        self.order.append(self.first)
+        self.second = second = nn.Linear(8, 8)
+        self.order.append(second)
+        third = nn.Linear(8, 8)
+        self.views = []
+        self.views.append(third)
+        self.third = third
+        layers = []
+        for _ in range(n):
+            layers.append(nn.Linear(8, 8))
+        self.layers = layers
+        self.net = nn.Sequential(*layers)
+        self.moved = []
+        self.moved.append(nn.Linear(8, 8))
+        self.moved = nn.ModuleList(self.moved)
+        self.unpacked = []
+        self.unpacked.append(nn.Linear(8, 8))
+        self.net2 = nn.Sequential(*self.unpacked)
+        self.seen = []
+
+    def forward(self, x):
+        for layer in self.order + self.layers + self.views + self.unpacked:
+            x = layer(x)
+        self.seen.append(x)
+        return self.net(x)
+
+class HandedOn(Registry, nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.layers = []
+        for _ in range(n):
+            self.layers.append(nn.Linear(8, 8))
+        self.register_layers(self.layers)
+
+    def forward(self, x):
+        return self.layers[0](x)
+
+class Given(nn.Module):
+    def __init__(self, teachers):
+        super().__init__()
+        self.teachers = []
+        for teacher in teachers:
+            self.teachers.append(teacher)
+
+    def add(self, layer):
+        self.teachers.append(nn.Linear(8, 8))
+
+    def forward(self, x):
+        return self.teachers[0](x)
 """,
     "names that only look like torch's": """
 import torch

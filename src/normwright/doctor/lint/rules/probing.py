@@ -6,9 +6,9 @@ import ast
 from collections.abc import Iterable
 from typing import Any
 
-from ..models import layers
+from ..models import CONTAINERS, layers
 from ..rule import Found, Rule
-from ..source import Function, Source, dotted
+from ..source import SAME_FUNCTIONS, SAME_METHODS, Function, Source, dotted
 from ..training import backward_calls, in_loops, is_backward, is_eval, is_train
 
 DUMMY = {f"torch.{name}" for name in ("zeros", "ones", "rand", "randn", "empty", "full", "randint", "zeros_like")}
@@ -19,8 +19,8 @@ class ProbingForward(Rule):
     """A forward on dummy data, before training and in training mode, moves the running statistics.
 
     What it does
-        Finds a network with batch norm that is run on `torch.zeros`, `torch.randn` or the like before it is trained in
-        the same place, without `eval()` before.
+        Finds a network with batch norm that is run on `torch.zeros`, `torch.randn` or the like before it is trained,
+        alone or as a part of another network, in the same place or by a caller, without `eval()` before.
 
     Why is this bad
         In training mode each forward is an update of the running statistics, also under `no_grad`. The dummy batch
@@ -129,29 +129,101 @@ def _in_evaluation(source: Source, call: ast.Call, name: str) -> bool:
     return any(is_eval(n) for b in bindings if b.kind == "value" for n in ast.walk(b.node))
 
 
-def _trained_after(source: Source, scope: Any, call: ast.Call, name: str) -> bool:
-    later = [
-        n for n in ast.walk(scope) if getattr(n, "lineno", 0) > call.lineno and source.function(n) in (scope, None)
+def _trained_after(source: Source, scope: Any, at: ast.AST, name: str, depth: int = 0) -> bool:
+    """Whether a network is trained after a place in a scope, alone, as a part of another, or by whom it is returned to.
+
+    Arguments:
+        scope: the function or the module.
+        at: the call of the network, or of the function that returned it.
+        name: what the scope calls it.
+    """
+    begin: int = at.lineno  # type: ignore[attr-defined]
+    later: list[Any] = [
+        n for n in ast.walk(scope) if getattr(n, "lineno", 0) > begin and source.function(n) in (scope, None)
     ]
     if scope is source.tree:
         later = [n for n in later if source.function(n) is None]
-    for node in later:
+    names = {name}
+    for node in sorted(later, key=lambda n: (n.lineno, n.col_offset)):
         if isinstance(node, ast.Call):
             method = node.func.attr if isinstance(node.func, ast.Attribute) else dotted(node.func)
             if method in RESTORES:
                 return False
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if any(dotted(t) == name for t in targets):
+            targets = {dotted(t) for t in (node.targets if isinstance(node, ast.Assign) else [node.target])} - {""}
+            if node.value is not None and _among(source, node.value, names):
+                names |= targets
+            elif name in targets:
                 return False  # made anew
+            else:
+                names -= targets
     own = [n for n in later if is_backward(n)]
     if own:
         if not any(source.loops_around(n) for n in own):
             return False  # one backward shows that it runs, and trains nothing
-        return any(isinstance(n, ast.Call) and dotted(n.func) == name for n in later)
+        return any(isinstance(n, ast.Call) and dotted(n.func) in names for n in later)
     for node in later:
-        if isinstance(node, ast.Call) and name in {dotted(a) for a in (*node.args, *(k.value for k in node.keywords))}:
+        if isinstance(node, ast.Call) and any(_among(source, a, names) for a in _given(node)):
             functions = source.callees(node)
             if functions and backward_calls(source.reached(*functions)):
                 return True
+    returned = any(isinstance(n, ast.Return) and n.value and _among(source, n.value, names) for n in later)
+    if not returned or depth > 2 or not isinstance(scope, Function):
+        return False
+    for site in source.sites(scope) or []:
+        given = source.statement(site)
+        same = isinstance(given, ast.Assign) and len(given.targets) == 1 and _itself(source, given.value) is site
+        known = dotted(given.targets[0]) if same else ""  # type: ignore[attr-defined]
+        if known and _trained_after(source, source.function(site) or source.tree, site, known, depth + 1):
+            return True
     return False
+
+
+def _given(call: ast.Call) -> list[ast.expr]:
+    return [*call.args, *(k.value for k in call.keywords)]
+
+
+def _itself(source: Source, value: ast.AST) -> ast.AST:
+    """`model` of `model.to(device).train()`."""
+    while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in SAME_METHODS:
+        if source.qual(value.func):
+            break
+        value = value.func.value
+    return value
+
+
+def _among(source: Source, value: ast.AST, names: set[str]) -> bool:
+    """Whether an expression is one of the networks named, or a list, dict or network of which one is a part."""
+    value = _itself(source, value)
+    if isinstance(value, ast.Starred):
+        return _among(source, value.value, names)
+    if isinstance(value, (ast.List, ast.Tuple)):
+        return any(_among(source, part, names) for part in value.elts)
+    if isinstance(value, ast.Dict):
+        return any(_among(source, part, names) for part in value.values)
+    if not isinstance(value, ast.Call):
+        return dotted(value) in names
+    qual = source.qual(value.func)
+    contains = qual.removeprefix("torch.nn.") in CONTAINERS or dotted(value.func).endswith("OrderedDict")
+    if contains or (qual in SAME_FUNCTIONS and "copy" not in qual):
+        return any(_among(source, argument, names) for argument in _given(value))
+    made = source.made(value)
+    if made is None or not source.is_module(made):
+        return False
+    for init in source.method(made, "__init__"):
+        for attribute, bindings in source.attributes(made).items():
+            for name in (b.node for b in bindings if isinstance(b.node, ast.Name) and source.function(b.node) is init):
+                kept = [b.kind for b in source.bindings(name.id, name)] == ["param"]
+                given = source.argument(value, init, name.id) if kept else None
+                if given is not None and _among(source, given, names) and _called(source, made, f"self.{attribute}"):
+                    return True
+    return False
+
+
+def _called(source: Source, cls: ast.ClassDef, attribute: str) -> bool:
+    """Whether forward runs a part of a network and may train it."""
+    return any(
+        isinstance(node, ast.Call) and dotted(node.func) == attribute and source.gradients(node) != "off"
+        for forward in source.method(cls, "forward")
+        for node in ast.walk(forward)
+    )

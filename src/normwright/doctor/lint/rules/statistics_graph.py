@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from ..models import parameters_of
 from ..rule import Found, Rule
 from ..source import Source, dotted
-from ..statistics import updates
+from ..statistics import flow, updates
 
 
 class StatisticsKeepGraph(Rule):
@@ -88,11 +88,12 @@ class StatisticsKeepGraph(Rule):
 
 
 def _in_network(source: Source, cls: ast.ClassDef) -> bool:
-    """Whether what a layer is given may need a gradient: it has parameters, or stands behind others in a Sequential.
+    """Whether what a layer is given may need a gradient.
 
-    One without either may normalize a network's input, such as the observations of an agent.
+    It does if the layer has parameters, is given its shift, or stands behind others in a Sequential; one without any
+    of these may normalize a network's input, such as the observations of an agent.
     """
-    if parameters_of(source, cls):
+    if parameters_of(source, cls) or _conditional(source, cls):
         return True
     for call in source.calls:
         if source.made(call) is cls:
@@ -100,6 +101,27 @@ def _in_network(source: Source, cls: ast.ClassDef) -> bool:
                 inside = isinstance(parent, ast.Call) and source.qual(parent.func) == "torch.nn.Sequential"
                 if inside and parent.args and child is not parent.args[0]:  # type: ignore[attr-defined]
                     return True
+    return False
+
+
+def _conditional(source: Source, cls: ast.ClassDef) -> bool:
+    """Whether forward adds another argument to what it normalized by the batch: a shift or residual of other layers.
+
+    A factor alone may be a mask, which inputs have too.
+    """
+    forward = source.method(cls, "forward")[0]
+    others = {a.arg for a in (*forward.args.posonlyargs, *forward.args.args)[2:]}
+    others |= {a.arg for a in forward.args.kwonlyargs}
+    for value in source.returns(forward):
+        if not flow(source, value).graph:
+            continue
+        for origin in source.origins(value):
+            if not isinstance(origin, (ast.BinOp, ast.AugAssign)) or not isinstance(origin.op, ast.Add):
+                continue
+            parts = [origin.left, origin.right] if isinstance(origin, ast.BinOp) else [origin.value]
+            read = [flow(source, part).reads for part in parts]
+            if any(names and names <= others for names in read):
+                return True
     return False
 
 
