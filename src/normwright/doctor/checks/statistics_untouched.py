@@ -145,14 +145,14 @@ def trained(subject: Subject, name: str, module: nn.Module) -> str:
 
 
 def drawn_alike(subject: Subject) -> bool:
-    """Whether the norms' biases, three or more, spread alike as far as chance allows, as an initialization draws them.
+    """Whether the biases of untouched norms, three or more, spread alike as far as chance allows, as if just drawn.
 
     The logarithm of the deviation of n normal values has itself a deviation of 1 / sqrt(2(n − 1)); training moves
     layers by different amounts.
     """
-    biases = [
-        b for m in subject.tracked().values() if isinstance(b := getattr(m, "bias", None), Tensor) and b.numel() > 2
-    ]
+    # norms whose statistics were written were trained, and say nothing of an initialization
+    biases = [getattr(module, "bias", None) for module in subject.tracked().values() if untouched(module)]
+    biases = [bias for bias in biases if isinstance(bias, Tensor) and bias.numel() > 2]
     spreads = [(math.log(value), 2 * (b.numel() - 1)) for b in biases if (value := _spread(b)) > 0]
     if len(spreads) < 3:
         return False
