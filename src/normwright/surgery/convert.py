@@ -11,8 +11,8 @@ import copy
 import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -32,7 +32,7 @@ from ..layers.sync_batch_norm import SyncBatchNorm
 from ..layers.twins import _ACT_MODULES, _as_leaf, _is_proxy, _trailing_spec
 from ..spec import NormSpec
 from .accelerate import _act_of, _passive
-from .modules import all_or_nothing, become, copied, names_of_parameters, refuse_wrapped
+from .modules import all_or_nothing, become, copied, names_of_parameters
 from .population import Population
 from .receipt import (
     Edit,
@@ -324,33 +324,14 @@ def _wide(tensor: Any) -> Any:
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
-@contextmanager
-def _process_groups_aside(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Process groups belong to the process and cannot be copied: yields them by their module's name."""
-    held = [(names[0], module) for names, module in named_modules_once(model) if isinstance(module, nn.SyncBatchNorm)]
-    groups = {name: module.process_group for name, module in held}
-    try:
-        for _, module in held:
-            module.process_group = None
-        yield groups
-    finally:
-        for name, module in held:
-            module.process_group = groups[name]
-
-
 def _copied(model: nn.Module) -> nn.Module:
-    refuse_wrapped(model, "convert")
     for name, module in model.named_modules():
         if any(map(is_lazy, chain(module.parameters(False), module.buffers(False)))):
             raise ValueError(
                 f"{shown(name)!r} ({type(module).__name__}) does not know its size before an input, and cannot be "
                 "copied; run the model once first."
             )
-    with _process_groups_aside(model) as groups:
-        work = copied(model, "convert")
-    for name, group in groups.items():
-        work.get_submodule(name).process_group = group
-    return work
+    return copied(model, "convert")
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -514,7 +495,6 @@ def _made(layer: _Layer, options: _Options) -> nn.Module:
             new.add_module("tail", nn.Sequential(OrderedDict(norm.tail)))
             new.__class__ = _tailed(type(new))
     _check_calls(layer, new, family)
-    new._is_full_backward_hook = layer.module._is_full_backward_hook  # or torch takes full hooks for old ones
     return new
 
 
