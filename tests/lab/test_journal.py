@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from normwright.lab.errors import UserError
-from normwright.lab.journal import SCHEMA_VERSION, Journal, environment
+from normwright.lab.journal import SCHEMA_VERSION, End, Epoch, Journal, environment
 
 CONFIG = {"lr": 0.1, "epochs": 3, "arms": ["bn", "none"]}
 
@@ -222,6 +222,7 @@ def test_epochs_come_in_order_and_only_from_the_owner(journal):
         lambda: journal.finish_run(1),
         lambda: journal.fail_run(1, "x"),
         lambda: journal.interrupt_run(1),
+        lambda: journal.record([End(1)]),
     ):
         with pytest.raises(UserError, match="it is running in process 1 on") as error:
             write()
@@ -230,15 +231,203 @@ def test_epochs_come_in_order_and_only_from_the_owner(journal):
 
 
 def test_several_runs_are_recorded_in_one_transaction(journal):
-    study = study_with_runs(journal, 2)
-    journal.claim_run(study)
-    journal.claim_run(study)
-    journal.record_epochs([(1, 0, {"a": 1}, {"s": 1}), (2, 0, {"a": 2}, {"s": 2})])
+    study = study_with_runs(journal, 5)
+    assert [run.id for run in journal.claim_runs(study, [1, 2, 3, 4, 5])] == [1, 2, 3, 4, 5]
+    journal.record([Epoch(run, 0, {"a": run}, {"s": run}) for run in (1, 2, 3, 4, 5)])
+    trained = {"w": torch.ones(2)}
+    wrong = [Epoch(1, 1, {"a": 3}, {"s": 3}), End(1, metrics={"acc": 0.5}, trained=trained), Epoch(2, 5, {"a": 4})]
     with pytest.raises(ValueError, match="the next of run 2 is 1, not 5"):
-        journal.record_epochs([(1, 1, {"a": 3}, {"s": 3}), (2, 5, {"a": 4}, {"s": 4})])
+        journal.record(wrong)
+    assert [run.status for run in journal.runs()] == ["running"] * 5
+    assert journal.runs()[0].results == {}
     assert journal.epochs(1) == {0: {"a": 1}}
     assert journal.checkpoint(1) == {"s": 1}
-    assert journal.checkpoint(2) == {"s": 2}
+    journal.record(
+        [
+            *wrong[:2],
+            End(2, metrics={"acc": 0.25}),
+            End(3, "diverged", "the loss was nan", {"loss": math.nan}),
+            End(4, "failed", "ValueError: x"),
+            End(5, "interrupted"),
+        ]
+    )
+    runs = journal.runs()
+    assert [(run.status, run.error) for run in runs] == [
+        ("finished", None),
+        ("finished", None),
+        ("diverged", "the loss was nan"),
+        ("failed", "ValueError: x"),
+        ("interrupted", None),
+    ]
+    assert [run.epochs for run in runs] == [2, 1, 1, 1, 1]
+    assert [run.results.get("acc") for run in runs] == [0.5, 0.25, None, None, None]
+    assert math.isnan(runs[2].results["loss"])
+    assert torch.equal(journal.checkpoint(1)["w"], torch.ones(2))
+    assert [journal.checkpoint(run) for run in (2, 3, 4, 5)] == [None, None, {"s": 4}, {"s": 5}]
+    journal.claim_run(study, 5)
+    with pytest.raises(UserError, match=r"Run 2 \(bn, seed 1\) .*it is finished; claim it first"):
+        journal.record([Epoch(5, 1, {}), End(2)])
+    assert list(journal.epochs(5)) == [0]
+
+
+def test_runs_are_claimed_together(path, journal):
+    study = study_with_runs(journal, 6)
+    other = journal.create_study("other", {}, environment={}).id
+    journal.add_run(other, "bn", 0, {})
+    assert journal.claim_run(study, 3).id == 3
+    journal.finish_run(3)
+    with Journal(path) as second:
+        assert [run.id for run in second.claim_runs(study, [5, 3, 2, 5, 7, 99])] == [5, 2]  # 7 is another study's
+        taken = journal.claim_runs(study, [1, 2, 3, 4, 5])
+    assert [(run.id, run.status, run.pid) for run in taken] == [
+        (1, "running", os.getpid()),
+        (4, "running", os.getpid()),
+    ]
+    assert journal.claim_runs(study, [1, 2, 3, 4, 5]) == []
+    assert journal.claim_runs(study, []) == []
+    journal.record([Epoch(1, 0, {"a": 0}, {"s": 0}), Epoch(1, 1, {"a": 1}), End(1, "interrupted"), End(4, "failed")])
+    (again,) = journal.claim_runs(study, [1, 4])
+    assert (again.id, again.epochs) == (1, 1)  # back to its checkpoint
+    assert [run.id for run in journal.claim_runs(study, [4], retry_failed=True)] == [4]
+
+
+def test_results_are_added_to_finished_runs_by_any_process(path, journal):
+    study = study_with_runs(journal, 2)
+    run = journal.claim_run(study).id
+    with pytest.raises(ValueError, match="Results are added to finished runs; run 1 is running"):
+        journal.add_results(run, {"ensemble": 0.5})
+    journal.finish_run(run, {"acc": 0.25})
+    with sqlite3.connect(path) as other:
+        other.execute("UPDATE run SET host = 'elsewhere', pid = 1 WHERE id = 1")
+    other.close()
+    journal.add_results(run, {"ensemble": math.inf, "list": [1, math.nan], "acc": 0.75})
+    results = journal.runs()[0].results
+    assert repr(results) == "{'acc': 0.75, 'ensemble': inf, 'list': [1, nan]}"
+    with pytest.raises(TypeError, match="A metric is a number"):
+        journal.add_results(run, {"a": 1, "b": "text"})
+    assert "a" not in journal.runs()[0].results
+    with pytest.raises(ValueError, match="no run 9"):
+        journal.add_results(9, {"a": 1})
+
+
+def test_documents_of_a_study(path, journal):
+    study = study_with_runs(journal, 1)
+    other = journal.create_study("other", {}, environment={}).id
+    figures = [{"title": "Größe", "z": [[0.1 + 0.2, None], [1e-300, True]]}, "text", 7]
+    assert journal.stored(study, "figures") is None
+    journal.store(study, "figures", [])
+    journal.store(study, "figures", figures)
+    journal.store(other, "figures", {"a": 1})
+    with Journal(path, mode="read") as reader:
+        assert reader.stored(study, "figures") == figures
+        assert reader.stored(other, "figures") == {"a": 1}
+        assert reader.stored(study, "series") is None
+        with pytest.raises(UserError, match="it is read-only") as error:
+            reader.store(study, "figures", [])
+        one_sentence(error)
+    for bad, error in ((math.nan, ValueError), ([math.inf], ValueError), (np.ones(2), TypeError)):
+        with pytest.raises(error):
+            journal.store(study, "figures", bad)
+    assert journal.stored(study, "figures") == figures
+    with pytest.raises(ValueError, match="no study 9"):
+        journal.store(9, "figures", [])
+
+
+# As version 1 wrote it, word for word.
+VERSION_1 = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE study (
+  id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, config TEXT NOT NULL, environment TEXT NOT NULL,
+  source TEXT NOT NULL, source_sha256 TEXT NOT NULL, data_sha256 TEXT NOT NULL, command TEXT NOT NULL,
+  created TEXT NOT NULL);
+CREATE TABLE run (
+  id INTEGER PRIMARY KEY, study INTEGER NOT NULL REFERENCES study, arm TEXT NOT NULL, seed INTEGER NOT NULL,
+  config TEXT NOT NULL, hash TEXT NOT NULL,
+  status TEXT NOT NULL CHECK (status IN ('pending', 'running', 'finished', 'diverged', 'failed', 'interrupted')),
+  started TEXT, finished TEXT, error TEXT, host TEXT, pid INTEGER, pid_started TEXT,
+  UNIQUE (study, hash));
+CREATE TABLE epoch (
+  run INTEGER NOT NULL REFERENCES run, epoch INTEGER NOT NULL, metrics TEXT NOT NULL, recorded TEXT NOT NULL,
+  PRIMARY KEY (run, epoch)) WITHOUT ROWID;
+CREATE TABLE checkpoint (run INTEGER PRIMARY KEY REFERENCES run, epoch INTEGER NOT NULL, state BLOB NOT NULL);
+CREATE TABLE result (
+  run INTEGER NOT NULL REFERENCES run, name TEXT NOT NULL, value NOT NULL, PRIMARY KEY (run, name)) WITHOUT ROWID;
+INSERT INTO meta VALUES ('created', '2025-01-01T00:00:00.000+00:00'), ('schema_version', '1');
+INSERT INTO study VALUES (1, 'lenet', '{"lr": 0.1}', '{}', '', '', '', '', '2025-01-01T00:00:00.000+00:00');
+INSERT INTO run (id, study, arm, seed, config, hash, status) VALUES
+  (1, 1, 'bn', 0, '{}', 'a', 'finished'), (2, 1, 'bn', 1, '{}', 'b', 'pending');
+INSERT INTO epoch VALUES (1, 0, '{"loss": 0.5}', '2025-01-01T00:00:00.000+00:00');
+INSERT INTO result VALUES (1, 'acc', 0.25);
+PRAGMA user_version = 1;
+PRAGMA application_id = 1853319788;
+PRAGMA journal_mode = WAL;
+"""
+
+
+def make_version_1(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    db = sqlite3.connect(path)
+    db.executescript(VERSION_1)
+    db.close()
+
+
+def test_a_journal_of_version_1_is_read_as_it_is(path):
+    make_version_1(path)
+    before = path.read_bytes()
+    with Journal(path, mode="read") as journal:
+        assert journal.open_study("lenet").config == {"lr": 0.1}
+        assert [run.results for run in journal.runs()] == [{"acc": 0.25}, {}]
+        assert journal.epochs(1) == {0: {"loss": 0.5}}
+        assert journal.stored(1, "figures") is None
+        with Journal(path, mode="write") as writer:  # another process brings it up to date meanwhile
+            writer.store(1, "figures", [1])
+        assert journal.stored(1, "figures") == [1]
+    make_version_1(path.with_name("again.sqlite"))
+    assert path.with_name("again.sqlite").read_bytes() == before
+
+
+@pytest.mark.parametrize("mode", ["create", "write"])
+def test_a_journal_of_version_1_is_brought_up_to_date_in_place(path, mode):
+    make_version_1(path)
+    with Journal(path, mode=mode) as journal, Journal(path, mode=mode) as second:
+        assert [run.results for run in journal.runs()] == [{"acc": 0.25}, {}]
+        assert journal.epochs(1) == {0: {"loss": 0.5}}
+        journal.store(1, "figures", {"a": 1})
+        assert second.stored(1, "figures") == {"a": 1}
+        journal.add_results(1, {"later": 2.0})
+        assert journal.claim_run(1).id == 2
+        journal.record([Epoch(2, 0, {"loss": 1.0}), End(2, metrics={"acc": 0.5})])
+        # The log beside the file holds the new version while the file's own header still has the old one.
+        assert path.read_bytes()[60:64] == (1).to_bytes(4, "big")
+        with Journal(path, mode="read") as reader:
+            assert reader.stored(1, "figures") == {"a": 1}
+    assert path.read_bytes()[60:64] == SCHEMA_VERSION.to_bytes(4, "big")
+    with sqlite3.connect(path) as other:
+        assert other.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchall() == [("2",)]
+    other.close()
+    with Journal(path, mode="read") as reader:
+        assert [run.results for run in reader.runs()] == [{"acc": 0.25, "later": 2.0}, {"acc": 0.5}]
+
+
+def test_an_old_and_a_new_journal_have_the_same_tables(tmp_path):
+    schemas = []
+    for name, make in (("old", make_version_1), ("new", lambda path: None)):
+        make(tmp_path / name)
+        Journal(tmp_path / name).close()
+        with sqlite3.connect(tmp_path / name) as db:
+            schemas.append(db.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall())
+        db.close()
+    assert schemas[0] == schemas[1]
+
+
+def test_a_version_that_another_process_is_writing_counts_before_the_header_does(path):
+    with Journal(path) as journal:
+        journal._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")  # in the log, not in the file yet
+        assert path.read_bytes()[60:64] == SCHEMA_VERSION.to_bytes(4, "big")
+        for mode in ("create", "write", "read"):
+            with pytest.raises(UserError, match=f"has schema version {SCHEMA_VERSION + 1}") as error:
+                Journal(path, mode=mode)
+            one_sentence(error)
 
 
 def test_the_checkpoint_is_the_last_one_and_holds_no_code(journal):
@@ -408,6 +597,49 @@ def test_processes_on_one_new_journal_never_get_the_same_run(path):
         assert [run.results for run in journal.runs()] == [{"acc": seed} for seed in range(40)]
 
 
+def claim_groups(path, gate, results):
+    gate.wait()
+    claimed = []
+    with Journal(path) as journal:
+        numbers = list(range(1, 41))
+        for start in range(0, 40, 3):  # both go for the same groups
+            runs = [run.id for run in journal.claim_runs(1, numbers[start : start + 3])]
+            claimed += runs
+            journal.record([Epoch(run, 0, {"loss": run}, {"w": torch.ones(100)}) for run in runs])
+            journal.record([End(run, metrics={"acc": run}) for run in runs])
+            for run in runs:
+                journal.add_results(run, {"later": run})
+        journal.store(1, f"of {os.getpid()}", claimed)
+    results.put((os.getpid(), claimed))
+
+
+@pytest.mark.slow
+def test_processes_on_one_old_journal_bring_it_up_to_date_once_and_share_its_runs(path):
+    make_version_1(path)
+    with sqlite3.connect(path) as other:
+        other.execute("DELETE FROM epoch")
+        other.execute("DELETE FROM result")
+        other.execute("DELETE FROM run")
+        rows = [(n, "bn", n, str(n)) for n in range(1, 41)]
+        other.executemany(
+            "INSERT INTO run (id, study, arm, seed, config, hash, status) VALUES (?, 1, ?, ?, '{}', ?, 'pending')", rows
+        )
+    other.close()
+    context = multiprocessing.get_context("spawn")
+    gate, results = context.Barrier(2), context.Queue()
+    workers = [context.Process(target=claim_groups, args=(path, gate, results)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    claimed = dict(results.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert sorted(run for runs in claimed.values() for run in runs) == list(range(1, 41))
+    with Journal(path, mode="read") as journal:
+        assert [run.results for run in journal.runs()] == [{"acc": n, "later": n} for n in range(1, 41)]
+        assert {pid: journal.stored(1, f"of {pid}") for pid in claimed} == claimed
+
+
 def test_a_fork_must_open_its_own(journal, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: -1)
     with pytest.raises(RuntimeError, match="must not be carried over a fork"):
@@ -498,7 +730,10 @@ def make_newer(path):
         (lambda path: path.write_bytes(b"run,epoch\n" * 20), "is no journal: it is not an SQLite file"),
         (lambda path: path.write_bytes(b"SQLite format 3\0"), "is no journal"),
         (make_foreign, "is a database of another program"),
-        (make_newer, f"has schema version 7, this normwright reads {SCHEMA_VERSION}; use the normwright that wrote it"),
+        (
+            make_newer,
+            f"has schema version 7, this normwright reads 1 to {SCHEMA_VERSION}; use the normwright that wrote it",
+        ),
         (lambda path: path.mkdir(), "cannot be opened"),
     ],
 )

@@ -10,7 +10,8 @@ write lock. A run marked by a process of this host that no longer lives can be c
 behind needs `release_runs`. A process that writes to a run which is no longer its own is told so and writes nothing.
 
 The file's `application_id` says that it is ours and its `user_version` which schema it has; both are read from the
-header before SQLite opens it, so a foreign or newer file is left exactly as it is.
+header before SQLite opens it, so a foreign or newer file is left exactly as it is. An older one is read as it is, and
+brought up to date in place when it is opened for writing.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ import socket
 import sqlite3
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,9 +41,9 @@ import torch
 from .errors import UserError
 from .files import atomic_write
 
-__all__ = ["SCHEMA_VERSION", "Journal", "Metrics", "Run", "Study", "environment"]
+__all__ = ["SCHEMA_VERSION", "End", "Epoch", "Journal", "Metrics", "Run", "Study", "environment"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _APPLICATION_ID = 0x6E776A6C  # "nwjl"
 
 Metric: TypeAlias = "float | Sequence[Metric]"  # non-finite numbers are kept exactly; lists may nest
@@ -68,6 +69,13 @@ CREATE TABLE checkpoint (run INTEGER PRIMARY KEY REFERENCES run, epoch INTEGER N
 CREATE TABLE result (
   run INTEGER NOT NULL REFERENCES run, name TEXT NOT NULL, value NOT NULL, PRIMARY KEY (run, name)) WITHOUT ROWID;
 """
+# What each version added to the one before: a new journal takes all steps, an older one those that it lacks.
+_ADDED = {
+    2: """
+CREATE TABLE document (
+  study INTEGER NOT NULL REFERENCES study, key TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (study, key));
+""",
+}
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,27 @@ class Run:
     finished: str | None
     host: str | None
     pid: int | None
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """An event of a run: an epoch was trained. See `Journal.record` for the fields."""
+
+    run: int
+    epoch: int
+    metrics: Metrics
+    checkpoint: Any = None
+
+
+@dataclass(frozen=True)
+class End:
+    """An event of a run: it ended, with these results. See `Journal.record` for the fields."""
+
+    run: int
+    status: Literal["finished", "diverged", "failed", "interrupted"] = "finished"
+    error: str | None = None
+    metrics: Metrics = field(default_factory=dict)
+    trained: Any = None
 
 
 def environment() -> dict[str, Any]:
@@ -260,10 +289,17 @@ class Journal:
             if mode != "read":
                 self._prepare(exists)
             with self._faults():
+                # The header as it is now: what another process changed may still lie in the log beside the file.
+                (found,) = self._db.execute("PRAGMA user_version").fetchone()
+                self._check_version(found)
                 self._db.execute("PRAGMA foreign_keys = ON")
                 (verdict,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
                 if verdict != "ok":
                     raise sqlite3.DatabaseError(f"malformed: {verdict}")
+            if mode != "read" and found < SCHEMA_VERSION:
+                with self._writing() as db:
+                    # Asked again under the lock, since another process may have been faster.
+                    self._bring_up(db, db.execute("PRAGMA user_version").fetchone()[0])
         except BaseException:
             self._db.close()
             raise
@@ -302,13 +338,15 @@ class Journal:
             raise UserError(
                 f"{self.path} is a database of another program, not a journal of normwright; choose another folder."
             )
-        found = int.from_bytes(head[60:64], "big")
-        if found != SCHEMA_VERSION:
-            raise UserError(
-                f"The journal {self.path} has schema version {found}, this normwright reads {SCHEMA_VERSION}; use the "
-                "normwright that wrote it or choose another folder (nothing was changed)."
-            )
+        self._check_version(int.from_bytes(head[60:64], "big"))
         return True
+
+    def _check_version(self, found: int) -> None:
+        if not 1 <= found <= SCHEMA_VERSION:
+            raise UserError(
+                f"The journal {self.path} has schema version {found}, this normwright reads 1 to {SCHEMA_VERSION}; use "
+                "the normwright that wrote it or choose another folder (nothing was changed)."
+            )
 
     def _prepare(self, exists: bool) -> None:
         if not exists:
@@ -317,9 +355,8 @@ class Journal:
                 if db.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
                     for statement in _SCHEMA.split(";"):
                         db.execute(statement)
-                    about = {"created": _now(), "schema_version": str(SCHEMA_VERSION)}
-                    db.executemany("INSERT INTO meta VALUES (?, ?)", about.items())
-                    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                    db.execute("INSERT INTO meta VALUES ('created', ?)", (_now(),))
+                    self._bring_up(db, 1)
                     db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
         deadline = time.monotonic() + self.timeout
         with self._faults():
@@ -337,6 +374,13 @@ class Journal:
             raise UserError(
                 f"The disk of {self.path} does not allow write-ahead logging; choose a folder on a local disk."
             )
+
+    def _bring_up(self, db: sqlite3.Connection, found: int) -> None:
+        for step in range(found + 1, SCHEMA_VERSION + 1):
+            for statement in _ADDED[step].split(";"):
+                db.execute(statement)
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('schema_version', ?)", (str(step),))
+            db.execute(f"PRAGMA user_version = {step}")
 
     @contextmanager
     def _faults(self) -> Iterator[None]:
@@ -463,29 +507,46 @@ class Journal:
         is dead; with `retry_failed`, failed ones too. Epochs recorded after the last checkpoint are forgotten, since
         they will be trained again: `Run.epochs` goes on where `checkpoint(run)` stands.
         """
+        claimed = self._claim(study, None if run is None else [run], 1, retry_failed)
+        return claimed[0] if claimed else None
+
+    def claim_runs(self, study: int, numbers: Collection[int], *, retry_failed: bool = False) -> list[Run]:
+        """Take those runs of `numbers` that can be claimed (see `claim_run`), in one transaction, in their order.
+
+        What another process took first is left out, so that the list may be shorter than asked for, or empty.
+        """
+        return self._claim(study, numbers, len(numbers), retry_failed)
+
+    def _claim(self, study: int, numbers: Collection[int] | None, limit: int, retry_failed: bool) -> list[Run]:
         free = ["pending", "interrupted", "failed"] if retry_failed else ["pending", "interrupted"]
-        host = socket.gethostname()
+        host, own_start = socket.gethostname(), _process_started(self._pid)
+        claimed: list[Run] = []
         with self._writing() as db:
-            rows = db.execute(
-                "SELECT id, status, host, pid, pid_started FROM run WHERE study = ? ORDER BY id", (study,)
-            ).fetchall()
-            for number, status, *owner in rows:
+            rows = {
+                number: (status, owner)
+                for number, status, *owner in db.execute(
+                    "SELECT id, status, host, pid, pid_started FROM run WHERE study = ? ORDER BY id", (study,)
+                )
+            }
+            for number in rows if numbers is None else dict.fromkeys(numbers):
+                if number not in rows or len(claimed) == limit:
+                    continue
+                status, owner = rows[number]
                 stale = status == "running" and owner[0] == host and _process_started(owner[1]) != owner[2]
-                if run in (None, number) and (status in free or stale):
-                    break
-            else:
-                return None
-            db.execute(
-                "UPDATE run SET status = 'running', started = coalesce(started, ?), finished = NULL, error = NULL, "
-                "host = ?, pid = ?, pid_started = ? WHERE id = ?",
-                (_now(), host, self._pid, _process_started(self._pid), number),
-            )
-            db.execute(
-                "DELETE FROM epoch WHERE run = :run AND epoch > "
-                "coalesce((SELECT epoch FROM checkpoint WHERE run = :run), -1)",
-                {"run": number},
-            )
-            return self._select_runs(db, "run.id = ?", (number,))[0]
+                if status not in free and not stale:
+                    continue
+                db.execute(
+                    "UPDATE run SET status = 'running', started = coalesce(started, ?), finished = NULL, error = NULL, "
+                    "host = ?, pid = ?, pid_started = ? WHERE id = ?",
+                    (_now(), host, self._pid, own_start, number),
+                )
+                db.execute(
+                    "DELETE FROM epoch WHERE run = :run AND epoch > "
+                    "coalesce((SELECT epoch FROM checkpoint WHERE run = :run), -1)",
+                    {"run": number},
+                )
+                claimed += self._select_runs(db, "run.id = ?", (number,))
+        return claimed
 
     def release_runs(self, study: int) -> int:
         """Give back the runs marked running by other hosts, once you know that those are dead; returns how many."""
@@ -502,23 +563,45 @@ class Journal:
         `epoch` is the next one, counted from 0. `checkpoint`: anything that `torch.load(weights_only=True)` reads back:
         tensors, numbers, strings, dicts, lists.
         """
-        self.record_epochs([(run, epoch, metrics, checkpoint)])
+        self.record([Epoch(run, epoch, metrics, checkpoint)])
 
-    def record_epochs(self, rows: Iterable[tuple[int, int, Metrics, Any]]) -> None:
-        """Commit (run, epoch, metrics, checkpoint) of several runs in one transaction, as packed training needs."""
+    def record(self, events: Iterable[Epoch | End]) -> None:
+        """Commit epochs and ends of several runs, in their order, in one transaction: all of them or none.
+
+        An `Epoch` is the next one of its run, as in `record_epoch`. An `End` adds its metrics to the run's results; one
+        that finished or diverged gives up its checkpoint, whose place `trained`, the network, takes if given, and one
+        that failed or was interrupted keeps it, to go on from. Every run must be this process's own.
+        """
         packed = []
-        for run, epoch, metrics, state in rows:
-            text = json.dumps({name: _plain(value) for name, value in metrics.items()}, allow_nan=False)
-            packed.append((run, epoch, text, None if state is None else self._pack_state(run, state)))
+        for event in events:
+            if isinstance(event, Epoch):
+                content = json.dumps({name: _plain(value) for name, value in event.metrics.items()}, allow_nan=False)
+                state = event.checkpoint
+            else:
+                content = [(event.run, name, _pack_result(value)) for name, value in event.metrics.items()]
+                state = event.trained
+            packed.append((event, content, None if state is None else self._pack_state(event.run, state)))
         with self._writing() as db:
-            for run, epoch, text, blob in packed:
-                self._check_owner(db, run)
-                (n,) = db.execute("SELECT count(*) FROM epoch WHERE run = ?", (run,)).fetchone()
-                if epoch != n:
-                    raise ValueError(f"Epochs are recorded in order: the next of run {run} is {n}, not {epoch}.")
-                db.execute("INSERT INTO epoch VALUES (?, ?, ?, ?)", (run, epoch, text, _now()))
+            for event, content, blob in packed:
+                self._check_owner(db, event.run)
+                (n,) = db.execute("SELECT count(*) FROM epoch WHERE run = ?", (event.run,)).fetchone()
+                if isinstance(event, Epoch):
+                    if event.epoch != n:
+                        raise ValueError(
+                            f"Epochs are recorded in order: the next of run {event.run} is {n}, not {event.epoch}."
+                        )
+                    db.execute("INSERT INTO epoch VALUES (?, ?, ?, ?)", (event.run, n, content, _now()))
+                    n += 1
+                else:
+                    db.execute(
+                        "UPDATE run SET status = ?, finished = ?, error = ? WHERE id = ?",
+                        (event.status, _now(), event.error, event.run),
+                    )
+                    db.executemany("INSERT OR REPLACE INTO result VALUES (?, ?, ?)", content)
+                    if event.status in ("finished", "diverged"):
+                        db.execute("DELETE FROM checkpoint WHERE run = ?", (event.run,))
                 if blob is not None:
-                    db.execute("INSERT OR REPLACE INTO checkpoint VALUES (?, ?, ?)", (run, epoch, blob))
+                    db.execute("INSERT OR REPLACE INTO checkpoint VALUES (?, ?, ?)", (event.run, n - 1, blob))
 
     def _pack_state(self, run: int, state: Any) -> bytes:
         buffer = io.BytesIO()
@@ -571,30 +654,47 @@ class Journal:
         trained: Any = None,
     ) -> None:
         """End a run with its results; `trained`, the network, takes the checkpoint's place, which is else deleted."""
-        rows = [(run, name, _pack_result(value)) for name, value in (results or {}).items()]
-        kept = None if trained is None else self._pack_state(run, trained)
-        with self._writing() as db:
-            self._end(db, run, status, error)
-            db.executemany("INSERT OR REPLACE INTO result VALUES (?, ?, ?)", rows)
-            if kept is None:
-                db.execute("DELETE FROM checkpoint WHERE run = ?", (run,))
-            else:
-                (last,) = db.execute("SELECT count(*) - 1 FROM epoch WHERE run = ?", (run,)).fetchone()
-                db.execute("INSERT OR REPLACE INTO checkpoint VALUES (?, ?, ?)", (run, last, kept))
+        self.record([End(run, status, error, results or {}, trained)])
 
     def fail_run(self, run: int, error: str) -> None:
         """End a run that raised, with the error's text; its checkpoint stays for `claim_run(retry_failed=True)`."""
-        with self._writing() as db:
-            self._end(db, run, "failed", error)
+        self.record([End(run, "failed", error)])
 
     def interrupt_run(self, run: int) -> None:
         """Give a run back (Ctrl-C): the next `claim_run` continues it from its checkpoint."""
-        with self._writing() as db:
-            self._end(db, run, "interrupted", None)
+        self.record([End(run, "interrupted")])
 
-    def _end(self, db: sqlite3.Connection, run: int, status: Status, error: str | None) -> None:
-        self._check_owner(db, run)
-        db.execute("UPDATE run SET status = ?, finished = ?, error = ? WHERE id = ?", (status, _now(), error, run))
+    def add_results(self, run: int, results: Metrics) -> None:
+        """Add results to a finished run, whichever process trained it; a name it has already takes the new value."""
+        rows = [(run, name, _pack_result(value)) for name, value in results.items()]
+        with self._writing() as db:
+            row = db.execute("SELECT status FROM run WHERE id = ?", (run,)).fetchone()
+            if row is None:
+                raise ValueError(f"The journal has no run {run}.")
+            if row[0] != "finished":
+                raise ValueError(f"Results are added to finished runs; run {run} is {row[0]}.")
+            db.executemany("INSERT OR REPLACE INTO result VALUES (?, ?, ?)", rows)
+
+    def store(self, study: int, key: str, value: Any) -> None:
+        """Keep a JSON document (a figure, the results of a series) with a study; it replaces the one of that key.
+
+        `value`: dicts, lists, strings, finite numbers, booleans and None. Errors: ValueError for nan and inf, which
+        JSON cannot say, and for a study that there is not; TypeError for what else JSON cannot say.
+        """
+        text = json.dumps(value, allow_nan=False)
+        with self._writing() as db:
+            if not db.execute("SELECT 1 FROM study WHERE id = ?", (study,)).fetchone():
+                raise ValueError(f"The journal has no study {study}.")
+            db.execute("INSERT OR REPLACE INTO document VALUES (?, ?, ?)", (study, key, text))
+
+    def stored(self, study: int, key: str) -> Any:
+        """The document stored with a study under `key`; None if there is none."""
+        with self._reading() as db:
+            # A journal of version 1 that is only read has no such table.
+            if db.execute("PRAGMA user_version").fetchone()[0] < 2:
+                return None
+            row = db.execute("SELECT value FROM document WHERE study = ? AND key = ?", (study, key)).fetchone()
+        return None if row is None else json.loads(row[0])
 
     def runs(self, study: int | None = None, *, status: Status | None = None) -> list[Run]:
         """Runs with their results, in the order they were added."""
