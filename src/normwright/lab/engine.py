@@ -3,15 +3,19 @@
 Arms are paired by seed: a seed fixes the order of the images and the starting values of all parameters that an arm
 shares, by name and shape, with the study's first arm. Nothing in a step waits for the device; losses are looked at
 once an epoch.
+
+An engine is a generator: it is given runs to train and yields lists of what became of them, each list to be recorded
+as one transaction. It knows no journal, so that it can run in another process or on another machine.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +24,28 @@ from torch.nn import functional as F
 from ..surgery import recalibrate
 from .data import Dataset
 from .errors import UserError
-from .journal import Journal, Metrics, Run
-from .study import Study
+from .journal import End, Epoch, Metrics
+from .study import Experiment, Moment, Study
 
 __all__ = [
-    "ENGINES",
+    "End",
+    "Engine",
+    "Epoch",
+    "Event",
     "Job",
-    "Watcher",
+    "Parts",
+    "Start",
     "batches",
+    "diverged",
     "evaluate",
     "initial",
     "make_optimizer",
     "mixed",
+    "observations",
+    "order_generator",
+    "parts",
     "sequential",
+    "three_ways",
     "train_epoch",
     "trained_network",
 ]
@@ -57,6 +70,35 @@ class Job:
     device: torch.device
 
 
+@dataclass(frozen=True)
+class Start:
+    """A run to train: `epochs` are recorded already, the last with `metrics`, and `state` is what it left."""
+
+    run: int
+    arm: str
+    seed: int
+    settings: Mapping[str, Any]
+    epochs: int = 0
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    state: Any = None
+
+
+Event: TypeAlias = "Epoch | End"
+Engine: TypeAlias = "Callable[[Job, Sequence[Start], Callable[[int], None]], Iterator[Sequence[Event]]]"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The images of a run: to train, held out from training (None if none are), and to test."""
+
+    x: Tensor
+    y: Tensor
+    x_validation: Tensor | None
+    y_validation: Tensor | None
+    x_test: Tensor
+    y_test: Tensor
+
+
 def mixed(data: Dataset) -> Dataset:
     """The data with both halves in one fixed random order.
 
@@ -74,15 +116,6 @@ def mixed(data: Dataset) -> Dataset:
     )
 
 
-class Watcher(Protocol):
-    """What is told of progress."""
-
-    def begin(self, run: Run) -> None: ...
-    def trained(self, images: int) -> None: ...
-    def epoch(self, run: Run, epoch: int, metrics: Metrics) -> None: ...
-    def end(self, run: Run, status: str, error: str | None) -> None: ...
-
-
 def batches(n: int, size: int) -> list[tuple[int, int]]:
     """Bounds of the batches of n images; the last one is ragged, and joins the one before if it is a single image.
 
@@ -94,18 +127,43 @@ def batches(n: int, size: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], n], strict=True))
 
 
-def initial(job: Job, arm: str, seed: int) -> nn.Module:
-    """The network of an arm at the start: parameters that it shares with the first arm are equal to that arm's."""
+def parts(data: Dataset, settings: Mapping[str, Any]) -> Parts:
+    """The images that a run with these settings trains on, holds out and is tested with."""
+    held, wanted = settings.get("validation", 0), settings.get("train_images")
+    left = len(data.x_train) - held
+    if left < 2:
+        raise UserError(
+            f"validation={held} leaves {max(left, 0)} of {len(data.x_train)} images to train on; hold out fewer."
+        )
+    n = left if wanted is None else min(left, wanted)
+    return Parts(
+        data.x_train[:n],
+        data.y_train[:n],
+        data.x_train[left:] if held else None,
+        data.y_train[left:] if held else None,
+        data.x_test,
+        data.y_test,
+    )
+
+
+def initial(job: Job, start: Start) -> nn.Module:
+    """The network of a run at the start: parameters that it shares with the study's first arm are equal to that arm's.
+
+    Settings that only the run has (those that are tuned) hold for the first arm's network too.
+    """
+    if job.study.build is None:
+        raise UserError(f"The study {job.study.name} has neither build= nor procedure=; give it one of them.")
     shape = (job.data.channels, *job.data.size)
 
-    def built(name: str) -> nn.Module:
+    def built(settings: Mapping[str, Any]) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return job.study.build(job.settings[name], shape, len(job.data.classes))
+            torch.manual_seed(start.seed)
+            return job.study.build(settings, shape, len(job.data.classes))  # pyright: ignore[reportOptionalCall]
 
-    model, first = built(arm), job.study.arms[0].name
-    if arm != first:
-        shared = dict(built(first).named_parameters())
+    model, first = built(start.settings), job.study.arms[0].name
+    if start.arm != first:
+        tuned = {key: start.settings[key] for key in job.study.tune}
+        shared = dict(built({**job.settings[first], **tuned}).named_parameters())
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name in shared and shared[name].shape == parameter.shape:
@@ -113,8 +171,13 @@ def initial(job: Job, arm: str, seed: int) -> nn.Module:
     return model
 
 
-def make_optimizer(model: nn.Module, name: str, lr: float) -> torch.optim.Optimizer:
-    """The named optimizer of torch, its other settings as torch has them; fused where torch offers it."""
+def order_generator(start: Start) -> torch.Generator:
+    """Draws the order of the images, epoch by epoch."""
+    return torch.Generator().manual_seed(0 if start.settings.get("order", "seed") == "shared" else start.seed)
+
+
+def make_optimizer(model: nn.Module, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """The optimizer of the settings over the parameters that are trained, fused where torch offers it."""
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "sgd": torch.optim.SGD,
         "adagrad": torch.optim.Adagrad,
@@ -122,8 +185,12 @@ def make_optimizer(model: nn.Module, name: str, lr: float) -> torch.optim.Optimi
         "adadelta": torch.optim.Adadelta,
         "adam": torch.optim.Adam,
     }
-    fused = {"fused": True} if name in ("sgd", "adagrad", "adam") else {}
-    return kinds[name](model.parameters(), lr=lr, **fused)
+    name = settings["optimizer"]
+    more: dict[str, Any] = {"fused": True} if name in ("sgd", "adagrad", "adam") else {}
+    if name == "sgd":
+        more["momentum"] = settings.get("momentum", 0.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return kinds[name](trained, lr=settings["lr"], weight_decay=settings.get("weight_decay", 0.0), **more)
 
 
 def train_epoch(
@@ -134,9 +201,14 @@ def train_epoch(
     order: Tensor,
     batch_size: int,
     tick: Callable[[int], None] | None = None,
+    clip: float | None = None,
 ) -> tuple[float, float]:
-    """One epoch in the given order; the mean loss and the accuracy while training, as the weights moved."""
+    """One epoch in the given order; the mean loss and the accuracy while training, as the weights moved.
+
+    `clip`: the largest norm of the gradient of all parameters together.
+    """
     model.train()
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     loss_sum, correct = torch.zeros((), device=x.device), torch.zeros((), device=x.device, dtype=torch.int64)
     reported = 0
     for step, (start, stop) in enumerate(batches(len(order), batch_size), start=1):
@@ -146,6 +218,8 @@ def train_epoch(
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(trained, clip)
         optimizer.step()
         with torch.no_grad():
             loss_sum.add_(loss, alpha=stop - start)
@@ -178,31 +252,56 @@ def _running(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _three_ways(model: nn.Module, job: Job, batch_size: int, last: bool) -> dict[str, float]:
+def three_ways(model: nn.Module, part: Parts, settings: Mapping[str, Any], last: bool) -> dict[str, float]:
     """Test loss and accuracy as trained and, where there are running statistics, recalibrated and by batch.
 
-    The model is left as it was found: the running statistics that training goes on with are the averaged ones.
+    With images held out also `val_acc`, by recalibrated statistics where there are any: what is tuned is judged by the
+    weights. The model is left as it was found: the running statistics that training goes on with are the averaged ones.
     """
-    data = job.data
     model.eval()
-    loss, accuracy = evaluate(model, data.x_test, data.y_test)
+    loss, accuracy = evaluate(model, part.x_test, part.y_test)
     metrics = {"test_loss": loss, "test_acc": accuracy}
     modules = _running(model)
     if not modules:
-        return metrics
-    images = data.x_train if last else data.x_train[:RECALIBRATION_IMAGES]
+        return metrics | _validated(model, part)
+    wanted = settings.get("recalibrate") if last else RECALIBRATION_IMAGES
+    images = part.x if wanted is None else part.x[:wanted]
     pieces = [images[start:stop] for start, stop in batches(len(images), EVALUATION_BATCH)]
     receipt = recalibrate(model, pieces, method="layerwise" if last else "one_pass")
-    metrics["test_acc_recalibrated"] = evaluate(model, data.x_test, data.y_test)[1]
+    metrics["test_acc_recalibrated"] = evaluate(model, part.x_test, part.y_test)[1]
+    metrics |= _validated(model, part)
     receipt.undo()
     kept = {id(buffer): buffer.clone() for module in modules for buffer in module.buffers(recurse=False)}
     for module in modules:
         module.train()
-    metrics["test_acc_batch"] = evaluate(model, data.x_test, data.y_test, batch_size)[1]
+    metrics["test_acc_batch"] = evaluate(model, part.x_test, part.y_test, settings["batch_size"])[1]
     for module in modules:
         for buffer in module.buffers(recurse=False):
             buffer.copy_(kept[id(buffer)])
     return metrics
+
+
+def _validated(model: nn.Module, part: Parts) -> dict[str, float]:
+    if part.x_validation is None or part.y_validation is None:
+        return {}
+    return {"val_acc": evaluate(model, part.x_validation, part.y_validation)[1]}
+
+
+def observations(job: Job, start: Start, model: nn.Module, epoch: int) -> Metrics:
+    """What the study observes of a network at the end of an epoch, or before training (epoch −1), by prefixed names.
+
+    The random state is left as it was found, so that observing changes no training.
+    """
+    if job.study.observe is None:
+        return {}
+    devices = [job.device] if job.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(start.seed)
+        moment = Moment(
+            copy.deepcopy(model).eval(), job.data, start.settings, start.seed, epoch, start.settings["epochs"]
+        )
+        found = job.study.observe(moment)
+    return {f"start_{name}": value for name, value in found.items()} if epoch < 0 else found
 
 
 def trained_network(model: nn.Module, data: Dataset) -> dict[str, Any]:
@@ -210,7 +309,7 @@ def trained_network(model: nn.Module, data: Dataset) -> dict[str, Any]:
     return {"model": model.state_dict(), "shape": [data.channels, *data.size], "classes": len(data.classes)}
 
 
-def _diverged(metrics: Mapping[str, Any], classes: int) -> str | None:
+def diverged(metrics: Mapping[str, Any], classes: int) -> str | None:
     """Why these metrics say that the run has diverged, or None."""
     for key in ("train_loss", "test_loss"):
         if key in metrics and not math.isfinite(metrics[key]):
@@ -221,36 +320,57 @@ def _diverged(metrics: Mapping[str, Any], classes: int) -> str | None:
     return None
 
 
-def _train(job: Job, journal: Journal, run: Run, watcher: Watcher) -> tuple[str, str | None]:
-    """Train one run from where the journal has it to its end, an epoch a transaction; its status and why."""
-    data, settings, classes = job.data, job.settings[run.arm], len(job.data.classes)
-    torch.manual_seed(run.seed)
-    model = initial(job, run.arm, run.seed).to(job.device)
-    optimizer = make_optimizer(model, settings["optimizer"], settings["lr"])
-    generator = torch.Generator().manual_seed(run.seed)
-    recorded = journal.epochs(run.id)
-    metrics: dict[str, Any] = recorded[run.epochs - 1] if run.epochs else {}
-    if (state := journal.checkpoint(run.id)) is not None:
+def sequential(job: Job, starts: Sequence[Start], tick: Callable[[int], None]) -> Iterator[Sequence[Event]]:
+    """Train the runs one after the other, each from where it was left to its end."""
+    for start in starts:
+        yield from (_measure if job.study.procedure is not None else _train)(job, start, tick)
+
+
+def _measure(job: Job, start: Start, tick: Callable[[int], None]) -> Iterator[Sequence[Event]]:
+    """A run of a study with a procedure of its own: one epoch, and the end."""
+    assert job.study.procedure is not None
+    torch.manual_seed(start.seed)
+    began = time.perf_counter()
+    status, why, metrics = "finished", None, {}
+    try:
+        metrics = dict(job.study.procedure(Experiment(start.settings, start.seed, job.data, job.device, tick)))
+    except FloatingPointError as error:
+        status, why = "diverged", str(error)
+    metrics["train_seconds"] = time.perf_counter() - began
+    yield [Epoch(start.run, 0, metrics, None), End(start.run, status, why, metrics, None)]
+
+
+def _train(job: Job, start: Start, tick: Callable[[int], None]) -> Iterator[Sequence[Event]]:
+    data, settings, classes = job.data, start.settings, len(job.data.classes)
+    part = parts(data, settings)
+    torch.manual_seed(start.seed)
+    model = initial(job, start).to(job.device)
+    optimizer = make_optimizer(model, settings)
+    generator = order_generator(start)
+    metrics: Mapping[str, Any] = start.metrics
+    if (state := start.state) is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["order"])
         torch.set_rng_state(state["rng"])
-        if job.device.type == "cuda":
+        if job.device.type == "cuda" and "device_rng" in state:
             torch.cuda.set_rng_state(state["device_rng"], job.device)
-    for epoch in range(run.epochs, settings["epochs"]):
-        if metrics and _diverged(metrics, classes):
+    before = observations(job, start, model, -1) if start.epochs == 0 else {}
+    for epoch in range(start.epochs, settings["epochs"]):
+        if metrics and diverged(metrics, classes):
             break
         began = time.perf_counter()
-        order = torch.randperm(len(data.x_train), generator=generator).to(job.device)
+        order = torch.randperm(len(part.x), generator=generator).to(job.device)
         loss, accuracy = train_epoch(
-            model, optimizer, data.x_train, data.y_train, order, settings["batch_size"], watcher.trained
+            model, optimizer, part.x, part.y, order, settings["batch_size"], tick, settings.get("clip")
         )
         trained = time.perf_counter()
-        metrics = {"train_loss": loss, "train_acc": accuracy}
-        last = epoch == settings["epochs"] - 1
-        if _diverged(metrics, classes) is None:
-            metrics |= _three_ways(model, job, settings["batch_size"], last)
-        metrics |= {"train_seconds": trained - began, "evaluation_seconds": time.perf_counter() - trained}
+        found: dict[str, Any] = {"train_loss": loss, "train_acc": accuracy, **before}
+        before = {}
+        if diverged(found, classes) is None:
+            found |= three_ways(model, part, settings, epoch == settings["epochs"] - 1)
+            found |= observations(job, start, model, epoch)
+        found |= {"train_seconds": trained - began, "evaluation_seconds": time.perf_counter() - trained}
         checkpoint = {
             **trained_network(model, data),
             "optimizer": optimizer.state_dict(),
@@ -259,46 +379,8 @@ def _train(job: Job, journal: Journal, run: Run, watcher: Watcher) -> tuple[str,
         }
         if job.device.type == "cuda":
             checkpoint["device_rng"] = torch.cuda.get_rng_state(job.device)
-        journal.record_epoch(run.id, epoch, metrics, checkpoint)
-        watcher.epoch(run, epoch, metrics)
-    why = _diverged(metrics, classes)
+        metrics = found
+        yield [Epoch(start.run, epoch, metrics, checkpoint)]
+    why = diverged(metrics, classes)
     status = "finished" if why is None else "diverged"
-    journal.finish_run(run.id, metrics, status=status, error=why, trained=trained_network(model, data))
-    return status, why
-
-
-def _claims(journal: Journal, study: int) -> Iterator[Run]:
-    """Every run that was left when the loop began, once; those that failed in an earlier session are tried again."""
-    left = [
-        (run.id, run.status == "failed") for run in journal.runs(study) if run.status not in ("finished", "diverged")
-    ]
-    for number, failed in left:
-        run = journal.claim_run(study, number, retry_failed=failed)
-        if run is not None:  # None: another process has it
-            yield run
-
-
-def sequential(job: Job, journal: Journal, study: int, watcher: Watcher) -> None:
-    """Train every run of the study that is left, one after the other.
-
-    A run that diverges or raises is recorded so and the study goes on; an interrupt gives the run under way back to the
-    journal and is raised again. The random state of torch is left as it was found.
-    """
-    devices = [job.device] if job.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        for run in _claims(journal, study):
-            watcher.begin(run)
-            try:
-                status, why = _train(job, journal, run, watcher)
-            except KeyboardInterrupt:
-                journal.interrupt_run(run.id)
-                raise
-            except UserError:
-                raise  # the journal's own: a full disk ends the study, and the run can be claimed again
-            except Exception as error:
-                status, why = "failed", f"{type(error).__name__}: {error}"
-                journal.fail_run(run.id, why)
-            watcher.end(run, status, why)
-
-
-ENGINES: dict[str, Callable[[Job, Journal, int, Watcher], None]] = {"sequential": sequential}
+    yield [End(start.run, status, why, metrics, trained_network(model, data))]
