@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from .journal import Metrics, Run
 
 __all__ = [
-    "ACCURACIES",
     "EVALUATIONS",
     "OPTIMIZERS",
     "OPTIONAL",
@@ -89,12 +88,11 @@ class Metric:
 
 # How a network is evaluated: what tables and figures show unless a study says otherwise. An arm without running
 # statistics has the first alone.
-ACCURACIES = (
+EVALUATIONS = (
     Metric("test_acc", "running average", "share", "higher"),
     Metric("test_acc_recalibrated", "recalibrated", "share", "higher"),
     Metric("test_acc_batch", "batch statistics", "share", "higher"),
 )
-EVALUATIONS = {metric.name: metric.label for metric in ACCURACIES}
 
 
 @dataclass(frozen=True)
@@ -218,7 +216,7 @@ class Study:
         by_data: settings (and `seeds`) that differ by the name of the data.
         norms: what `--norm` accepts, with a label each; empty if the study has no such setting.
         published: figures of others, drawn beside ours where the data is `published_data`.
-        metrics: what tables and figures show; empty for the test accuracy as in `ACCURACIES`.
+        metrics: what tables and figures show; empty for the test accuracy as in `EVALUATIONS`.
         axis, axis_log: what `Arm.at` is, and whether it is drawn logarithmically.
         tune: nuisance settings that are tried for every arm alike, with their values; what counts of an arm are the
             runs with the best mean validation accuracy.
