@@ -1,4 +1,4 @@
-"""Does batch norm make LeNet better, and which of its four places needs it?
+"""Does batch norm make LeNet better? And which of its four places needs it?
 
 Claim: with batch norm after each of its four hidden layers, LeNet's test accuracy on Fashion-MNIST after ten epochs is
 several points higher than without. Study notes that took out one batch norm at a time conclude further that it "can go
