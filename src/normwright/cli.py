@@ -52,44 +52,58 @@ def _options(
 
 @app.command()
 def study(
-    name: Annotated[str | None, typer.Argument(help="The study's name, such as lenet.", show_default=False)] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="The study's name, such as lenet, or a file of your own, study.py.", show_default=False),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE[,VALUE…]]…",
+            help="Settings of the study: arm=bn,none chooses arms, norm=gn,ln the normalization, lr=0.1,1 trains every "
+            "arm at each value.",
+            show_default=False,
+        ),
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the studies and exit.")] = False,
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="digits (scikit-learn's, no download), fashion-mnist, or a PATH: IDX files, CIFAR's python batches, "
-            "a folder or zip of class folders."
+            "a folder or zip of class folders.",
+            show_default="the study's own, mostly digits",
         ),
-    ] = "digits",
+    ] = None,
     data_dir: Annotated[
         Path | None,
         typer.Option(help="Folder with fashion-mnist's files; else the cache or a download.", show_default=False),
     ] = None,
     seeds: Annotated[
         int | None,
-        typer.Option(help="Runs of each arm, at least 1; seeds are 0, 1, …", show_default="3; 6 on digits"),
+        typer.Option(help="Runs of each arm, at least 1; seeds are 0, 1, …", show_default="the study's"),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.", show_default="10")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training images.", show_default="the study's")
+    ] = None,
     lr: Annotated[
         float | None,
         typer.Option(
             help="Learning rate of every arm, per step.",
-            show_default="for sgd 1.0 with a norm and 0.9 without, else torch's default for the optimizer",
+            show_default="the study's, or torch's default for the optimizer",
         ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Images in a step, at least 2.", show_default="256; 32 on digits")
+        int | None, typer.Option(help="Images in a step, at least 2.", show_default="the study's")
     ] = None,
     optimizer: Annotated[
         str | None,
-        typer.Option(help="sgd, adagrad, rmsprop, adadelta or adam, as torch has them.", show_default="sgd"),
+        typer.Option(help="sgd, adagrad, rmsprop, adadelta or adam, as torch has them.", show_default="the study's"),
     ] = None,
     norm: Annotated[
         str | None,
         typer.Option(
-            help="What is compared with the same network without a norm: one of bn, nn (torch's own batch norm), gn, "
-            "ln, in, or several with commas; none trains the network without a norm alone.",
-            show_default="bn",
+            help="The same as norm=…: what is compared with the same network without a norm, of those the study knows.",
+            show_default="the study's",
         ),
     ] = None,
     out: Annotated[
@@ -97,6 +111,19 @@ def study(
         typer.Option(help="Folder for the journal and the report.", show_default="runs/STUDY-DATA"),
     ] = None,
     device: Annotated[str, typer.Option(help="auto (cuda if there is one), cpu, cuda, cuda:1, …")] = "auto",
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="sequential (one network after another), packed (alike ones as one network), or auto: packed where "
+            "it can be."
+        ),
+    ] = "sequential",
+    executor: Annotated[str, typer.Option(help="here (this process), or ray (a cluster).")] = "here",
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of the ray cluster.", show_default="a cluster of --workers on this machine"),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="With --executor ray: groups trained at a time.", min=1)] = 2,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the study in --out, if there is one: same settings, same data.")
     ] = False,
@@ -120,14 +147,18 @@ def study(
         study=name,
         data=data,
         data_dir=data_dir,
-        norms=None if norm is None else [part.strip() for part in norm.split(",")],
         overrides={"seeds": seeds, "epochs": epochs, "lr": lr, "batch_size": batch_size, "optimizer": optimizer},
+        settings=[*(settings or ()), *([] if norm is None else [f"norm={norm}"])],
         out=out,
         device=device,
         resume=resume,
         smoke=smoke,
         command=_command(),
         show="nothing" if quiet or json_ else "progress",
+        engine=engine,
+        executor=executor,
+        address=address,
+        workers=workers,
     )
     try:
         outcome = run.run_study(request)
@@ -149,16 +180,19 @@ def _command() -> str:
 
 
 def _list_studies(console: Console) -> None:
+    from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from .lab.study import find, names
 
-    table = Table()
-    for column in ("study", "question", "arms"):
-        table.add_column(column)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True)
+    table.add_column("study", no_wrap=True, style="bold")
+    table.add_column("question, and arms")
     for name in names():
         found, _ = find(name)
-        table.add_row(name, found.question, ", ".join(arm.name for arm in found.arms))
+        arms = dict.fromkeys(arm.series or arm.name for arm in found.arms)
+        table.add_row(name, Text(f"{found.question}\n").append(", ".join(arms), "dim"))
     console.print(table)
 
 

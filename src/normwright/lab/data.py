@@ -104,6 +104,17 @@ class Dataset:
         tensors = {key: getattr(self, key).to(device) for key in ("x_train", "y_train", "x_test", "y_test")}
         return replace(self, **tensors)
 
+    def limited(self, limit: int | None) -> Dataset:
+        """At most `limit` images of each half, its classes in turn; None leaves all."""
+        if limit is None:
+            return self
+        kept = {}
+        for half in ("train", "test"):
+            labels = getattr(self, f"y_{half}").cpu().numpy()
+            keep = torch.from_numpy(_first_of_classes(labels, limit))
+            kept |= {f"{key}_{half}": getattr(self, f"{key}_{half}")[keep] for key in ("x", "y")}
+        return replace(self, **kept)
+
 
 @dataclass(frozen=True, eq=False)
 class _Arrays:
@@ -208,9 +219,13 @@ def _rank_in_class(labels: np.ndarray) -> np.ndarray:
     return rank
 
 
+def _first_of_classes(labels: np.ndarray, limit: int) -> np.ndarray:
+    return np.sort(np.argsort(_rank_in_class(labels), kind="stable")[:limit])
+
+
 def _spread(images: np.ndarray, labels: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """The first images of every class in turn, `limit` in all, in their old order."""
-    keep = np.sort(np.argsort(_rank_in_class(labels), kind="stable")[:limit])
+    keep = _first_of_classes(labels, limit)
     return images[keep], labels[keep]
 
 

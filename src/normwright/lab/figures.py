@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-__all__ = ["Figure", "Pictures", "Plot", "Table", "arm_colour", "as_json", "curves", "heatmap"]
+__all__ = ["Figure", "Pictures", "Plot", "Table", "arm_colour", "as_json", "curves", "heatmap", "plain"]
 
 COLOURS = 8
 PICTURE_SIDE = 96  # pixels at least: small images are enlarged without smoothing
@@ -161,8 +161,8 @@ def as_json(figure: Figure) -> dict[str, Any]:
             "kind": "plot",
             "title": figure.title,
             "caption": figure.caption,
-            "traces": _plain(figure.traces),
-            "layout": _plain(figure.layout),
+            "traces": plain(figure.traces),
+            "layout": plain(figure.layout),
             "table": None if figure.table is None else as_json(figure.table),
         }
     if isinstance(figure, Table):
@@ -171,19 +171,20 @@ def as_json(figure: Figure) -> dict[str, Any]:
             "title": figure.title,
             "caption": figure.caption,
             "columns": list(figure.columns),
-            "rows": _plain(figure.rows),
+            "rows": plain(figure.rows),
         }
     rows = [[label, [[caption, _png(image)] for caption, image in row]] for label, row in figure.rows]
     return {"kind": "pictures", "title": figure.title, "caption": figure.caption, "rows": rows}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: arrays become lists, keys text, numbers that are not finite None."""
     if hasattr(value, "tolist"):  # tensors, arrays and NumPy's numbers
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

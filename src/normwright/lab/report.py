@@ -1,222 +1,89 @@
 """The report: one offline HTML page, drawn from the journal and from nothing else.
 
-`collect` turns a journal into plain numbers, `figures` turns those into plots, `draw` fills the template. Colours are
-names of CSS variables here; the page resolves them, so that the plots follow its light and dark themes.
+`analysis.collect` turns a journal into plain numbers, `figures` turns those into plots, `render` fills the template.
+Colours are names of CSS variables here; the page resolves them, so that the plots follow its light and dark themes.
 """
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from . import stats
+from .analysis import Page, Row, collect, results, summary
 from .errors import UserError
+from .figures import COLOURS, arm_colour
 from .files import atomic_write
 from .journal import Journal, Run
-from .study import EVALUATIONS
+from .study import EVALUATIONS, Metric
 
-__all__ = ["Page", "Row", "collect", "draw", "figures", "results"]
+__all__ = ["Page", "collect", "draw", "draw_index", "figures", "points", "render", "summary", "written"]
 
-COLOURS = 8  # arms beyond it share colours; their symbols still differ
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "hexagon", "triangle-down")
-DASHES = {"test_acc": "solid", "test_acc_recalibrated": "dash", "test_acc_batch": "dot"}
+DASHES = ("solid", "dash", "dot", "dashdot")
+CROWD = 6  # arms; with more of them, curves show their means alone until one is picked
+LIMIT = 6_000_000  # bytes of a page
 
 
 @dataclass(frozen=True)
-class Row:
-    """One arm in one evaluation: its value for every seed that finished, and what they say."""
+class Detail:
+    """How much a page shows of a study that would not fit otherwise."""
 
-    arm: str
-    label: str
-    metric: str
-    evaluation: str
-    values: Mapping[int, float]
-    summary: stats.Summary | None
+    seeds: bool  # every seed's curve, or their mean and band alone
+    points: int  # of a line
+    runs: int  # rows of the table of runs
+    own: int  # bytes of the study's own figures
 
 
-@dataclass(frozen=True)
-class Page:
-    """Everything that the report shows, as numbers and text."""
-
-    study: Mapping[str, Any]  # what Study.description() gave
-    settings: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    command: str
-    created: str
-    source_sha256: str
-    data_sha256: str
-    labels: Mapping[str, str]
-    rows: tuple[Row, ...]
-    verdicts: tuple[tuple[Mapping[str, Any], stats.Verdict, tuple[int, ...]], ...]  # contrast, verdict, its seeds
-    runs: tuple[Run, ...]
-    curves: Mapping[int, Mapping[int, Mapping[str, Any]]]  # by run id and epoch
-
-    @property
-    def failures(self) -> list[Run]:
-        return [run for run in self.runs if run.status in ("diverged", "failed")]
-
-    @property
-    def unfinished(self) -> list[Run]:
-        return [run for run in self.runs if run.status in ("pending", "running", "interrupted")]
+DETAILS = (Detail(True, 400, 3000, 3_000_000), Detail(False, 200, 1000, 2_000_000), Detail(False, 60, 200, 500_000))
 
 
-def results(runs: Iterable[Run], arm: str, metric: str) -> dict[int, float]:
-    """The last value of `metric` by seed, for the runs of an arm that finished."""
-    return {
-        run.seed: float(run.results[metric])
-        for run in runs
-        if run.arm == arm and run.status == "finished" and metric in run.results
-    }
-
-
-def collect(journal: Journal) -> Page:
-    """Read the newest study of a journal."""
-    studies = journal.studies()
-    if not studies:
-        raise UserError("This journal holds no study yet; run `normwright study lenet` first.")
-    study = studies[-1]
-    description = study.config.get("description")
-    if description is None:
-        raise UserError("This journal was not written by `normwright study`: it holds no description to draw from.")
-    runs = tuple(journal.runs(study.id))
-    labels = {arm["name"]: arm["label"] for arm in description["arms"]}
-    rows = []
-    for arm, label in labels.items():
-        several = any("test_acc_recalibrated" in run.results for run in runs if run.arm == arm)
-        for metric, evaluation in EVALUATIONS.items():
-            values = results(runs, arm, metric)
-            if metric == "test_acc" or values:
-                shown = evaluation if several else "as trained"
-                rows.append(Row(arm, label, metric, shown, values, stats.summarize(list(values.values()))))
-    verdicts = []
-    for contrast in description["contrasts"]:
-        first, second = (tuple(contrast[side]) for side in ("first", "second"))
-        sides = [results(runs, *first), results(runs, *second)]
-        if any(
-            side == {} and results(runs, arm, "test_acc") for side, (arm, _) in zip(sides, (first, second), strict=True)
-        ):
-            continue  # an arm without running statistics cannot be recalibrated
-        differences = stats.paired(*sides)
-        found = stats.verdict(list(differences.values()), contrast["least"])
-        verdicts.append((contrast, found, tuple(differences)))
-    return Page(
-        study=description,
-        settings=study.config["settings"],
-        environment=study.environment,
-        command=study.command,
-        created=study.created,
-        source_sha256=study.source_sha256,
-        data_sha256=study.data_sha256,
-        labels=labels,
-        rows=tuple(rows),
-        verdicts=tuple(verdicts),
-        runs=runs,
-        curves={run.id: journal.epochs(run.id) for run in runs},
-    )
-
-
-def _colour(page: Page, arm: str, soft: bool = False) -> str:
-    return f"--arm-{list(page.labels).index(arm) % COLOURS}" + ("-soft" if soft else "")
-
-
-def _symbol(page: Page, arm: str) -> str:
-    return SYMBOLS[list(page.labels).index(arm) % len(SYMBOLS)]
+def written(value: float, decimals: int | None = 3, signed: bool = False) -> str:
+    """A number with so many decimals, or with three digits where `decimals` is None; true minus, zero without sign."""
+    sign = "+" if signed else ""
+    if decimals is not None:
+        text = f"{value:{sign},.{decimals}f}"
+    elif value == 0 or 1e-3 <= abs(value) < 1e5:
+        digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+        text = f"{value:{sign},.{digits}f}"
+    else:
+        mantissa, exponent = f"{value:{sign}.2e}".split("e")
+        text = f"{mantissa}×10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    if not re.search("[1-9]", text.partition("×")[0]):
+        text = text.lstrip("+-")
+    return text.replace("-", "−")
 
 
 def points(value: float) -> str:
-    """A difference of accuracies in percentage points, signed, with a true minus; 0.0 has no sign."""
-    text = f"{100 * value:+.1f}"
-    return "0.0" if float(text) == 0 else text.replace("-", "−")
+    """A difference of shares in percentage points, signed, with a true minus; 0.0 has no sign."""
+    return written(100 * value, 1, signed=True)
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def decimals(values: Iterable[float]) -> int | None:
+    """Decimals that give the largest of `values` four digits; None where one number of them cannot serve them all."""
+    sizes = [abs(v) for v in values if v]
+    if not sizes:
+        return 3
+    if max(sizes) >= 1e5 or max(sizes) < 1e-2 or max(sizes) / sorted(sizes)[len(sizes) // 4] > 1e3:
+        return None
+    return max(0, 3 - math.floor(math.log10(max(sizes))))
 
 
-def _dots(
-    traces: list[dict[str, Any]],
-    at: int,
-    values: Mapping[int, float],
-    found: tuple[Any, Any],
-    colour: str,
-    symbol: str,
-    form: str,
-) -> None:
-    """Add one row of a dot plot at height −at: a dot a seed, spread so that none hides another, mean and interval.
-
-    `found` is the mean and its interval, each None if there is none; `form` is d3's format of the values.
-    """
-    n = len(values)
-    traces.append(
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "x": list(values.values()),
-            "y": [-at + (0.32 * ((7 * i) % n) / (n - 1) - 0.16 if n > 1 else 0) for i in range(n)],
-            "text": [f"seed {seed}" for seed in values],
-            "hovertemplate": f"%{{text}}: %{{x:{form}}}<extra></extra>",
-            "marker": {"color": colour, "size": 9, "opacity": 0.5, "symbol": symbol},
-        }
-    )
-    middle, interval = found
-    if middle is None:
-        return
-    mark: dict[str, Any] = {
-        "type": "scatter",
-        "mode": "markers",
-        "x": [middle],
-        "y": [-at],
-        "hovertemplate": f"mean of {n}: %{{x:{form}}}<extra></extra>",
-        "marker": {"color": colour, "size": 22, "symbol": "line-ns", "line": {"color": colour, "width": 3}},
-    }
-    if interval is not None:
-        mark["error_x"] = {
-            "type": "data",
-            "symmetric": False,
-            "array": [interval[1] - middle],
-            "arrayminus": [middle - interval[0]],
-            "color": colour,
-            "thickness": 2.5,
-            "width": 0,
-        }
-    traces.append(mark)
+def effect(value: float, metric: Metric) -> str:
+    """A difference without its unit: in points for a share, else in the metric's own unit."""
+    return points(value) if metric.form == "share" else written(value, None, signed=True)
 
 
-def _rows_layout(names: list[str], title: str, row_height: int, **xaxis: Any) -> dict[str, Any]:
-    return {
-        "height": 70 + row_height * len(names),
-        "showlegend": False,
-        "xaxis": {"title": {"text": title}, **xaxis},
-        "yaxis": {
-            "tickmode": "array",
-            "tickvals": [-i for i in range(len(names))],
-            "ticktext": names,
-            "range": [0.55 - len(names), 0.45],
-            "showgrid": False,
-        },
-    }
-
-
-def _contrast_figure(page: Page) -> dict[str, Any]:
-    """Paired differences: a dot a seed, and the mean with its interval."""
-    traces: list[dict[str, Any]] = []
-    for at, (contrast, found, seeds) in enumerate(page.verdicts):
-        values = {seed: 100 * d for seed, d in zip(seeds, found.differences, strict=True)}
-        middle = None if found.effect is None else 100 * found.effect
-        bounds = None if found.interval is None else (100 * found.interval.low, 100 * found.interval.high)
-        _dots(traces, at, values, (middle, bounds), _colour(page, contrast["first"][0]), "circle", "+.2f")
-    least = 100 * page.verdicts[0][0]["least"]
-    names = [_wrap(contrast["text"]) for contrast, _, _ in page.verdicts]
-    layout = _rows_layout(names, "difference, points", 74, zeroline=True, rangemode="tozero")
-    line = {"color": "--muted", "width": 1, "dash": "dot"}
-    layout["shapes"] = [
-        {"type": "line", "xref": "x", "yref": "paper", "x0": least, "x1": least, "y0": 0, "y1": 1, "line": line}
-    ]
-    return {"traces": traces, "layout": layout}
+def unit(metric: Metric) -> str:
+    return "points" if metric.form == "share" else ""
 
 
 def _wrap(text: str, width: int = 26) -> str:
@@ -232,158 +99,503 @@ def _wrap(text: str, width: int = 26) -> str:
 
 
 def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # "%" begins a field in hover templates.
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("%", "&#37;")
 
 
-def _final_figure(page: Page) -> dict[str, Any]:
-    """Final test accuracies: a dot a seed, the mean and its interval."""
-    traces: list[dict[str, Any]] = []
-    for at, row in enumerate(page.rows):
-        middle = None if row.summary is None else row.summary.mean
-        found = None if row.summary is None else row.summary.interval
-        bounds = None if found is None else (found.low, found.high)
-        _dots(traces, at, row.values, (middle, bounds), _colour(page, row.arm), _symbol(page, row.arm), ".4f")
-    names = [f"{_wrap(row.label)}<br>{_escape(row.evaluation)}" for row in page.rows]
-    return {"traces": traces, "layout": _rows_layout(names, "test accuracy", 58, tickformat=".2~f")}
+@dataclass(frozen=True)
+class Lane:
+    """One line of dots: a dot a seed, their mean and its interval, `at` so far below the top."""
+
+    at: float
+    values: Mapping[int, float]
+    middle: float | None
+    interval: tuple[float, float] | None
+    colour: str
+    symbol: str
+    name: str
 
 
-def _curve(
-    page: Page, arm: str, metric: str
-) -> tuple[list[tuple[Run, list[int], list[float]]], list[int], list[float], list[float]]:
-    """Every seed's curve; and, where every finished seed has the epoch, the mean and standard deviation."""
-    lines = []
-    for run in page.runs:
-        if run.arm == arm:
-            points = [(e + 1, m[metric]) for e, m in page.curves[run.id].items() if _finite(m.get(metric))]
-            if points:
-                lines.append((run, [e for e, _ in points], [float(v) for _, v in points]))
-    finished = [dict(zip(e, v, strict=True)) for run, e, v in lines if run.status == "finished"]
-    epochs = sorted(set.intersection(*map(set, finished))) if finished else []
-    means, sds = [], []
-    for epoch in epochs:
-        found = stats.summarize([values[epoch] for values in finished])
-        means.append(found.mean if found else math.nan)
-        sds.append(found.sd or 0.0 if found else 0.0)
-    return lines, epochs, means, sds
+def _dots(lanes: Sequence[Lane], form: str, spread: float) -> list[dict[str, Any]]:
+    """All dots in one trace; means and intervals in one a colour, since a trace's error bars have one colour.
+
+    Dots are spread by `spread` so that none hides another; `form` is d3's format of the values.
+    """
+    dots: dict[str, list[Any]] = {"x": [], "y": [], "text": [], "color": [], "symbol": []}
+    for lane in lanes:
+        n = len(lane.values)
+        for i, (seed, value) in enumerate(lane.values.items()):
+            dots["x"].append(value)
+            dots["y"].append(-lane.at + (spread * (((7 * i) % n) / (n - 1) - 0.5) if n > 1 else 0))
+            dots["text"].append(f"{lane.name}, seed {seed}")
+            dots["color"].append(lane.colour)
+            dots["symbol"].append(lane.symbol)
+    marker = {"color": dots["color"], "symbol": dots["symbol"], "size": 8 if len(lanes) < 12 else 6, "opacity": 0.5}
+    traces: list[dict[str, Any]] = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "x": dots["x"],
+            "y": dots["y"],
+            "text": dots["text"],
+            "hovertemplate": f"%{{text}}: %{{x:{form}}}<extra></extra>",
+            "marker": {**marker, "line": {"width": 1 if "open" in "".join(dots["symbol"]) else 0}},
+        }
+    ]
+    for colour in dict.fromkeys(lane.colour for lane in lanes):
+        own = [lane for lane in lanes if lane.colour == colour and lane.middle is not None]
+        if not own:
+            continue
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": [lane.middle for lane in own],
+                "y": [-lane.at for lane in own],
+                "text": [f"{lane.name}, mean of {len(lane.values)}" for lane in own],
+                "hovertemplate": f"%{{text}}: %{{x:{form}}}<extra></extra>",
+                "marker": {
+                    "color": colour,
+                    "size": 18 if len(lanes) < 12 else 13,
+                    "symbol": "line-ns",
+                    "line": {"color": colour, "width": 3},
+                },
+                "error_x": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [lane.interval[1] - lane.middle if lane.interval else None for lane in own],
+                    "arrayminus": [lane.middle - lane.interval[0] if lane.interval else None for lane in own],
+                    "color": colour,
+                    "thickness": 2.5,
+                    "width": 0,
+                },
+            }
+        )
+    return traces
 
 
-def _curve_figure(page: Page, metrics: Mapping[str, str], axis: str, logarithmic: bool = False) -> dict[str, Any]:
-    """Curves by epoch: every seed thin, the mean thick, a band of one standard deviation."""
-    traces: list[dict[str, Any]] = []
-    for arm, label in page.labels.items():
-        for metric, evaluation in metrics.items():
-            lines, epochs, means, sds = _curve(page, arm, metric)
-            if not lines:
-                continue
-            dash = DASHES.get(metric, "solid")
-            name = _escape(f"{label}, {evaluation}" if evaluation and _has_several(page, arm) else label)
-            group = f"{arm} {metric}"
-            for run, x, y in lines:
-                traces.append(
-                    {
-                        "type": "scatter",
-                        "mode": "lines+markers" if len(x) == 1 or run.status != "finished" else "lines",
-                        "x": x,
-                        "y": y,
-                        "legendgroup": group,
-                        "showlegend": False,
-                        "opacity": 0.35,
-                        "line": {"color": _colour(page, arm), "width": 1, "dash": dash},
-                        "marker": {"color": _colour(page, arm), "size": 5, "symbol": _symbol(page, arm)},
-                        "hovertemplate": f"{name}, seed {run.seed}, epoch %{{x}}: %{{y:.4f}}<extra></extra>",
-                    }
-                )
-            if len(epochs) > 1 and len(lines) > 1:
-                upper = [m + s for m, s in zip(means, sds, strict=True)]
-                lower = [m - s for m, s in zip(means, sds, strict=True)]
-                traces.append(
-                    {
-                        "type": "scatter",
-                        "mode": "lines",
-                        "x": epochs + epochs[::-1],
-                        "y": upper + lower[::-1],
-                        "fill": "toself",
-                        "fillcolor": _colour(page, arm, soft=True),
-                        "line": {"width": 0, "color": _colour(page, arm)},
-                        "hoverinfo": "skip",
-                        "legendgroup": group,
-                        "showlegend": False,
-                    }
-                )
-            traces.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines+markers" if metric == "test_acc" or dash == "solid" or len(epochs) == 1 else "lines",
-                    "x": epochs,
-                    "y": means,
-                    "name": name,
-                    "legendgroup": group,
-                    "line": {"color": _colour(page, arm), "width": 2.5, "dash": dash},
-                    "marker": {"color": _colour(page, arm), "size": 6, "symbol": _symbol(page, arm)},
-                    "hovertemplate": f"{name}, mean, epoch %{{x}}: %{{y:.4f}}<extra></extra>",
-                }
-            )
-    last = max((max(x) for t in traces if (x := t["x"])), default=1)
+def _rows_layout(names: Sequence[str], title: str, row_height: float, **xaxis: Any) -> dict[str, Any]:
+    """`meta.rows`: on a narrow screen the page writes the names above their rows instead of beside them."""
     return {
-        "traces": traces,
-        "layout": {
-            "height": 420,
-            "showlegend": True,
-            "xaxis": {"title": {"text": "epoch"}, "range": [0.8, last + 0.2], **({"dtick": 1} if last <= 12 else {})},
-            "yaxis": {"title": {"text": axis}, **({"type": "log"} if logarithmic else {"tickformat": ".2f"})},
+        "height": round(70 + row_height * len(names)),
+        "showlegend": False,
+        "xaxis": {"title": {"text": _escape(title)}, **xaxis},
+        "yaxis": {
+            "tickmode": "array",
+            "tickvals": [-i for i in range(len(names))],
+            "ticktext": [_wrap(name, 30) for name in names],
+            "range": [0.55 - len(names), 0.5],
+            "showgrid": False,
         },
+        "meta": {"rows": [_escape(name) for name in names]},
     }
 
 
-def _has_several(page: Page, arm: str) -> bool:
-    return any(row.arm == arm and row.metric != "test_acc" for row in page.rows)
+def _axis_of(metric: Metric, values: Iterable[float] = ()) -> dict[str, Any]:
+    """Tick format of a metric, logarithmic where positive values span more than three decades."""
+    if metric.form == "share":
+        return {"tickformat": ".2~f"}
+    sizes = list(values)
+    if sizes and min(sizes) > 0 and max(sizes) / min(sizes) > 1e3:
+        return {"type": "log", "exponentformat": "power"}
+    return {"exponentformat": "power"}
 
 
-def figures(page: Page) -> dict[str, dict[str, Any]]:
-    """The plots by the id of their place on the page: traces and layout for plotly, colours as CSS variables."""
-    found = {
-        "plot-final": _final_figure(page),
-        "plot-test": _curve_figure(
-            page, {k: v for k, v in EVALUATIONS.items() if k != "test_acc_batch"}, "test accuracy"
-        ),
-        "plot-loss": _curve_figure(page, {"train_loss": ""}, "training loss", logarithmic=True),
-    }
-    if any(found_.n for _, found_, _ in page.verdicts):
-        found = {"plot-contrasts": _contrast_figure(page), **found}
+def _colour(page: Page, name: str) -> str:
+    return arm_colour(list(page.labels).index(name))
+
+
+def _symbol(page: Page, name: str) -> str:
+    i = list(page.labels).index(name)
+    # After eight arms colours come again, with other symbols and dashes.
+    return SYMBOLS[(i + i // COLOURS) % len(SYMBOLS)]
+
+
+def _dash(page: Page, name: str) -> str:
+    return DASHES[list(page.labels).index(name) // COLOURS % len(DASHES)]
+
+
+def _contrast_figures(page: Page) -> list[dict[str, Any]]:
+    """Paired differences: a dot a seed, and the mean with its interval; a plot for each unit."""
+    units: dict[str, list[Any]] = {}
+    for verdict in page.verdicts:
+        metric = page.metric(verdict[0]["first"][1])
+        units.setdefault("" if metric.form == "share" else metric.name, []).append(verdict)
+    found = []
+    for name, verdicts in units.items():
+        scale = 1 if name else 100
+        lanes = []
+        for at, (contrast, verdict, seeds) in enumerate(verdicts):
+            values = {seed: scale * d for seed, d in zip(seeds, verdict.differences, strict=True)}
+            middle = None if verdict.effect is None else scale * verdict.effect
+            bounds = verdict.interval and (scale * verdict.interval.low, scale * verdict.interval.high)
+            colour = _colour(page, contrast["first"][0])
+            lanes.append(Lane(at, values, middle, bounds, colour, "circle", _escape(contrast["text"])))
+        if not any(lane.values for lane in lanes):
+            continue
+        title = f"difference, {page.metric(name).label}" if name else "difference, points"
+        height = max(46, 16 + 18 * max(_wrap(c["text"], 30).count("<br>") + 1 for c, _, _ in verdicts))
+        layout = _rows_layout(
+            [c["text"] for c, _, _ in verdicts],
+            title,
+            height,
+            zeroline=True,
+            rangemode="tozero",
+            exponentformat="power",
+        )
+        # The least gain that counts stands in every row, since contrasts may differ in it.
+        layout["shapes"] = [
+            {
+                "type": "line", "xref": "x", "yref": "y", "x0": scale * c["least"], "x1": scale * c["least"],
+                "y0": -at - 0.5, "y1": -at + 0.5, "line": {"color": "--muted", "width": 1, "dash": "dot"},
+            }
+            for at, (c, _, _) in enumerate(verdicts)
+        ]  # fmt: skip
+        caption = (
+            "Paired by seed: each dot one seed, the bar the mean with its interval. Right of zero the first named is "
+            "larger; the dotted line is the least difference that counts."
+        )
+        found.append(
+            {
+                "traces": _dots(lanes, "+.2f" if not name else "+.4~g", 0.32),
+                "layout": layout,
+                "caption": caption,
+                "label": f"Paired differences for each contrast ({title}), one dot a seed, with mean and interval. "
+                "The table of contrasts holds the same numbers.",
+            }
+        )
     return found
 
 
-def _ours(page: Page) -> list[dict[str, Any]]:
-    """Our rows for the table of published figures."""
-    table = []
-    for row in page.rows:
-        if row.metric == "test_acc_batch" or row.summary is None:
+def groups(page: Page) -> list[tuple[str, tuple[Metric, ...]]]:
+    """The metrics by the table and plot that they share: the evaluations of one accuracy together, others alone."""
+    if page.metrics == EVALUATIONS:
+        return [("Test accuracy", EVALUATIONS)]
+    return [(metric.label[:1].upper() + metric.label[1:], (metric,)) for metric in page.metrics]
+
+
+def _final_figures(page: Page) -> list[dict[str, Any]]:
+    """Final values of the arms that are no points of an axis: a dot a seed, the mean and its interval."""
+    found = []
+    marks = ("circle", "circle-open", "x-thin-open")
+    for title, metrics in groups(page):
+        rows = [row for row in page.rows if row.metric in metrics and (page.axis is None or row.at is None)]
+        if not any(row.values for row in rows):
             continue
-        entry: dict[str, Any] = {"arm": row.arm, "label": f"{row.label}, {row.evaluation}", "n": row.summary.n}
-        for metric in ("train_loss", "train_acc"):
-            found = stats.summarize(list(results(page.runs, row.arm, metric).values()))
-            entry[metric] = (found.mean, found.sd) if found and row.metric == "test_acc" else None
-        entry["test_acc"] = (row.summary.mean, row.summary.sd)
-        table.append(entry)
-    return table
+        arms = list(dict.fromkeys(row.arm for row in rows))
+        deepest = max(sum(row.arm == arm for row in rows) for arm in arms)
+        step = 0.8 / deepest
+        lanes = []
+        for row in rows:
+            own = [other.metric for other in rows if other.arm == row.arm]
+            lane = own.index(row.metric)
+            at = arms.index(row.arm) + step * (lane - (len(own) - 1) / 2)
+            interval = row.summary and row.summary.interval
+            bounds = (interval.low, interval.high) if interval else None
+            mean = row.summary.mean if row.summary else None
+            mark = marks[metrics.index(row.metric) % len(marks)]
+            name = _escape(row.label if len(metrics) == 1 else f"{row.label}, {row.evaluation}")
+            lanes.append(Lane(at, row.values, mean, bounds, _colour(page, row.arm), mark, name))
+        names = [page.labels[arm] for arm in arms]
+        lines = max(_wrap(name, 30).count("<br>") + 1 for name in names)
+        height = max(18 * lines + 14, (34 if len(rows) < 12 else 22) * deepest)
+        xaxis = _axis_of(metrics[0], [v for row in rows for v in row.values.values()])
+        form = ".4f" if metrics[0].form == "share" else ".4~g"
+        key = ""
+        if deepest > 1:
+            key = (
+                " From top to bottom in each row: "
+                + ", ".join(
+                    f"{m.label} ({mark})" for m, mark in zip(metrics, ("discs", "rings", "crosses"), strict=False)
+                )
+                + "."
+            )
+        found.append(
+            {
+                "traces": _dots(lanes, form, 0.55 * step if deepest > 1 else 0.4),
+                "layout": _rows_layout(names, title[:1].lower() + title[1:], height, **xaxis),
+                "title": title,
+                "caption": f"Every seed a dot; the bar is the mean, the line its 95% interval.{key}",
+                "label": f"{title} of every seed for each arm, with mean and interval. The table below holds the same.",
+            }
+        )
+    return found
+
+
+def _band(x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str) -> dict[str, Any]:
+    return {
+        "type": "scatter", "mode": "lines", "x": [*x, *x[::-1]], "y": [*high, *low[::-1]], "fill": "toself",
+        "fillcolor": f"{colour}-soft", "line": {"width": 0, "color": colour}, "hoverinfo": "skip",
+    }  # fmt: skip
+
+
+def _axis_figures(page: Page) -> list[dict[str, Any]]:
+    """Each metric over the study's axis: by series a line of means, a band of one deviation, a dot a seed."""
+    axis, found = page.axis, []
+    if axis is None:
+        return found
+    for metric in page.metrics:
+        rows = [row for row in page.rows if row.metric == metric and row.at is not None and row.values]
+        if not rows:
+            continue
+        traces = []
+        for series in dict.fromkeys(row.series or row.arm for row in rows):
+            own = sorted((row for row in rows if (row.series or row.arm) == series), key=_place)
+            colour, name = _colour(page, series), _escape(page.labels[series])
+            at = [_place(row) for row in own]
+            means = [row.summary.mean for row in own if row.summary]
+            sds = [(row.summary.sd or 0.0) for row in own if row.summary]
+            low, high = ([m + sign * s for m, s in zip(means, sds, strict=True)] for sign in (-1, 1))
+            yaxis = _axis_of(metric, [v for row in rows for v in row.values.values()])
+            if yaxis.get("type") == "log":
+                low = [max(a, m / 10) for a, m in zip(low, means, strict=True)]  # no logarithm below zero
+            dots = [(x, value, seed) for x, row in zip(at, own, strict=True) for seed, value in row.values.items()]
+            marks = {"color": colour, "symbol": _symbol(page, series)}
+            common = {"type": "scatter", "legendgroup": series}
+            traces += [
+                {**_band(at, low, high, colour), "meta": {"key": series, "part": "band"}},
+                {
+                    **common, "mode": "markers", "x": [d[0] for d in dots], "y": [d[1] for d in dots],
+                    "text": [f"seed {d[2]}" for d in dots], "marker": {**marks, "size": 5}, "opacity": 0.4,
+                    "hovertemplate": f"{name}, %{{text}}, {_escape(axis.label)} %{{x:.4~g}}: %{{y:.4~g}}<extra></extra>",
+                    "meta": {"key": series, "part": "seed"},
+                },
+                {
+                    **common, "mode": "lines+markers", "x": at, "y": means, "name": name,
+                    "line": {"color": colour, "width": 2.5, "dash": _dash(page, series)}, "marker": {**marks, "size": 7},
+                    "text": [f"mean of {len(row.values)}" for row in own],
+                    "hovertemplate": f"{name}, %{{text}}, {_escape(axis.label)} %{{x:.4~g}}: %{{y:.4~g}}<extra></extra>",
+                    "meta": {"key": series, "part": "mean"},
+                },
+            ]  # fmt: skip
+        label = metric.label if page.metrics != EVALUATIONS else f"test accuracy, {metric.label}"
+        xaxis = {"type": "log", "exponentformat": "power"} if page.study.get("axis_log", True) else {}
+        if xaxis and any(row.at is not None and row.at <= 0 for row in rows):
+            xaxis = {}
+        found.append(
+            {
+                "traces": traces,
+                "layout": {
+                    "height": 380,
+                    "showlegend": False,
+                    "xaxis": {"title": {"text": _escape(axis.label)}, **xaxis},
+                    "yaxis": {"title": {"text": _escape(label)}, **yaxis},
+                },
+                "title": label,
+                "caption": f"{label[:1].upper()}{label[1:]} over the {axis.label}.",
+                "label": f"{label} over the {axis.label} by series, with mean, band and a dot a seed.",
+            }
+        )
+    return found
+
+
+def _place(row: Row) -> float:
+    return 0.0 if row.at is None else row.at
+
+
+def _thin(items: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of the items, evenly spaced, the last one among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _curve_figures(page: Page, detail: Detail) -> list[dict[str, Any]]:
+    """Curves by epoch: every seed thin, the mean thick, a band of one standard deviation."""
+    found = []
+    for metric in page.curve_metrics():
+        traces: list[dict[str, Any]] = []
+        values: list[float] = []
+        for arm in (each["name"] for each in page.arms):
+            curve = page.curve(arm, metric.name)
+            if not curve.seeds:
+                continue
+            name, colour, dash = _escape(page.labels[arm]), _colour(page, arm), _dash(page, arm)
+            marks = {"color": colour, "symbol": _symbol(page, arm)}
+            hover = f"{name}, %{{text}}, epoch %{{x}}: %{{y:.4~g}}<extra></extra>"
+            if len(curve.epochs) > 1 and len(curve.seeds) > 1:
+                at = _thin(range(len(curve.epochs)), detail.points)
+                low = [curve.mean[i] - curve.sd[i] for i in at]
+                high = [curve.mean[i] + curve.sd[i] for i in at]
+                if metric.form != "share":
+                    low = [max(a, min(curve.mean[i], 0.1 * curve.mean[i])) for i, a in zip(at, low, strict=True)]
+                band = _band([curve.epochs[i] for i in at], low, high, colour)
+                traces.append({**band, "meta": {"key": arm, "part": "band"}})
+            # All seeds of an arm are one trace with gaps: a trace each would make pages with many arms slow. Where a
+            # run ended early, or has one epoch alone, a mark shows it.
+            x: list[Any] = []
+            y: list[Any] = []
+            sizes: list[int] = []
+            text: list[str] = []
+            for run, epochs, at_epochs in curve.seeds if detail.seeds or len(curve.epochs) < 2 else ():
+                pairs = _thin(list(zip(epochs, at_epochs, strict=True)), detail.points)
+                values += at_epochs
+                ended = run.status != "finished" or len(pairs) == 1
+                x += [e for e, _ in pairs] + [None]
+                y += [v for _, v in pairs] + [None]
+                sizes += [0] * (len(pairs) - 1) + [6 if ended else 0, 0]
+                said = f"seed {run.seed}" if run.status == "finished" else f"seed {run.seed} ({run.status})"
+                text += [said] * (len(pairs) + 1)
+            if x:
+                traces.append(
+                    {
+                        "type": "scatter", "mode": "lines+markers", "x": x, "y": y, "text": text, "opacity": 0.4,
+                        "line": {"color": colour, "width": 1, "dash": dash}, "hovertemplate": hover,
+                        "marker": {**marks, "size": sizes}, "meta": {"key": arm, "part": "seed"},
+                    }
+                )  # fmt: skip
+            at = _thin(range(len(curve.epochs)), detail.points)
+            values += curve.mean
+            traces.append(
+                {
+                    "type": "scatter", "mode": "lines+markers" if len(at) <= 30 else "lines",
+                    "x": [curve.epochs[i] for i in at], "y": [curve.mean[i] for i in at], "name": name,
+                    "text": "mean", "hovertemplate": hover, "line": {"color": colour, "width": 2.5, "dash": dash},
+                    "marker": {**marks, "size": 6}, "meta": {"key": arm, "part": "mean"},
+                }
+            )  # fmt: skip
+        if not traces:
+            continue
+        last = max((e for t in traces for e in t["x"] if e is not None), default=1)
+        label = metric.label
+        if page.metrics == EVALUATIONS and metric.name == "test_acc":
+            label = "test accuracy, as trained"
+        positive = metric.form != "share" and bool(values) and min(values) > 0
+        logarithmic = positive and (metric.name.endswith("_loss") or max(values) / min(values) > 1e2)
+        yaxis = {"type": "log", "exponentformat": "power"} if logarithmic else _axis_of(metric)
+        found.append(
+            {
+                "traces": traces,
+                "layout": {
+                    "height": 380,
+                    "showlegend": False,
+                    "xaxis": {
+                        "title": {"text": "epoch"},
+                        "range": [1 - 0.02 * last, 1.02 * last] if last > 1 else [0.5, 1.5],
+                        **({"dtick": 1} if last <= 12 else {}),
+                    },
+                    "yaxis": {"title": {"text": _escape(label)}, **yaxis},
+                },
+                "title": label,
+                "caption": f"{label[:1].upper()}{label[1:]} by epoch" + (", logarithmic." if logarithmic else "."),
+                "label": f"{label} by epoch for every arm, with mean, band and a line a seed.",
+            }
+        )
+    return found
+
+
+def _inert(value: Any) -> Any:
+    """Strings of a stored figure without markup: plotly reads a little HTML, of which these tags may stay."""
+    if isinstance(value, str):
+        if "<" not in value:
+            return value
+        return re.sub(r"<(?!(?:br|/?b|/?i|/?sub|/?sup|/?extra)>)", "&lt;", value)
+    if isinstance(value, Mapping):
+        return {key: _inert(item) for key, item in value.items()}
+    return [_inert(item) for item in value] if isinstance(value, list) else value
+
+
+def _own_figures(page: Page, detail: Detail) -> list[dict[str, Any]]:
+    """The study's own figures, in order, as far as the page has room for them."""
+    found, left = [], detail.own
+    for figure in page.figures:
+        size = len(json.dumps(figure))
+        shown = dict(figure)
+        if shown["kind"] == "plot":
+            shown = {**shown, "traces": _inert(shown["traces"]), "layout": {"height": 420, **_inert(shown["layout"])}}
+            shown["label"] = f"{shown['title']}. {shown['caption']}"
+        if size > left:
+            shown = {"kind": "left out", "title": figure["title"], "caption": figure["caption"], "size": size}
+            size = 0
+        left -= size
+        found.append(shown)
+    return found
+
+
+def figures(page: Page, detail: Detail = DETAILS[0]) -> dict[str, list[dict[str, Any]]]:
+    """The plots by section, each with traces and layout for plotly (colours as CSS variables), caption and label."""
+    found = {
+        "contrasts": _contrast_figures(page),
+        "final": _final_figures(page),
+        "axis": _axis_figures(page),
+        "curves": _curve_figures(page, detail),
+        "own": _own_figures(page, detail),
+    }
+    for section, plots in found.items():
+        for i, plot in enumerate(plots):
+            plot["id"] = f"plot-{section}-{i}"
+            plot["crowd"] = len(dict.fromkeys(t["meta"]["key"] for t in plot.get("traces", ()) if "meta" in t)) > CROWD
+    return found
+
+
+def _legend(page: Page, plots: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the lines of these plots stand for, in the order of the arms."""
+    keys = {trace["meta"]["key"] for plot in plots for trace in plot["traces"]}
+    return [
+        {"key": name, "label": label, "colour": _colour(page, name), "dash": _dash(page, name)}
+        for name, label in page.labels.items()
+        if name in keys
+    ]
+
+
+def _published(page: Page) -> tuple[list[Metric], list[dict[str, Any]]]:
+    """Published figures, each arm's followed by ours: the metrics, and rows of label, source, n and values."""
+    names = dict.fromkeys(name for row in page.study["published"] for name in row["values"])
+    order = ["train_loss", "train_acc", "test_acc", *names]
+    metrics = [page.metric(name) if name != "test_acc" else Metric("test_acc", "test accuracy", "share")
+               for name in dict.fromkeys(order) if name in names]  # fmt: skip
+    rows = []
+    for arm in [*page.labels, None]:
+        others = [row for row in page.study["published"] if (row["arm"] if row["arm"] in page.labels else None) == arm]
+        for row in others:
+            values = {name: tuple(value) for name, value in row["values"].items()}
+            rows.append({"label": row["label"], "note": row["note"], "n": row["n"], "values": values, "ours": False})
+        if arm is None or not others:
+            continue
+        own = {}
+        for metric in metrics:
+            found = next((r.summary for r in page.rows if r.arm == arm and r.metric.name == metric.name), None)
+            found = found or stats.summarize(list(results(page.counted, arm, metric.name).values()))
+            own[metric.name] = found and (found.mean, found.sd)
+        n = len({run.seed for run in page.counted if run.arm == arm and run.status == "finished"})
+        again = next((r for r in page.rows if r.arm == arm and r.metric.name == "test_acc_recalibrated"), None)
+        said = ", as trained" if again and "test_acc" in names else ""
+        rows.append({"label": f"{page.labels[arm]}{said}", "note": "", "n": n, "values": own, "ours": True, "arm": arm})
+        if again and again.summary and "test_acc" in names:
+            values = {"test_acc": (again.summary.mean, again.summary.sd)}
+            label = f"{page.labels[arm]}, recalibrated"
+            rows.append({"label": label, "note": "", "n": again.summary.n, "values": values, "ours": True, "arm": arm})
+    return metrics, rows
+
+
+def _failures(page: Page) -> list[tuple[Run, list[int]]]:
+    """Failures that are alike (arm, status, epoch, words) as one, with their seeds."""
+    found: dict[Any, tuple[Run, list[int]]] = {}
+    for run in page.failures:
+        found.setdefault((run.arm, run.status, run.epochs, run.error), (run, []))[1].append(run.seed)
+    return list(found.values())
 
 
 def _seconds(page: Page, run: Run) -> float:
     return sum(m.get("train_seconds", 0) + m.get("evaluation_seconds", 0) for m in page.curves[run.id].values())
 
 
-def render(page: Page) -> str:
-    """The page as HTML."""
+@lru_cache(maxsize=1)
+def _plotly() -> str:
+    """plotly.js, compressed: 2 MB of text in place of 4.8, which leaves a page its room; browsers unpack it."""
+    from plotly.offline import get_plotlyjs
+
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
+
+
+def _template(name: str, **values: Any) -> str:
     try:
         import jinja2
-        from markupsafe import Markup
-        from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise UserError(
             f"The report needs {error.name}, which is not installed: pip install 'normwright[lab]', then "
             "`normwright report` on the run's folder draws it from the journal."
         ) from error
-
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -392,27 +604,104 @@ def render(page: Page) -> str:
         undefined=jinja2.StrictUndefined,
     )
     # Non-finite numbers are not JSON; figures hold none, and dumps says so if that were to change.
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "sort_keys": False}
-    environment.filters |= {"points": points, "json": lambda v: json.dumps(v, sort_keys=True, ensure_ascii=False)}
-    return environment.get_template("report.html").render(
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "sort_keys": False, "separators": (",", ":")}
+    environment.filters |= {"points": points, "written": written, "effect": effect, "unit": unit}
+    return environment.get_template(name).render(**values)
+
+
+def render(page: Page) -> str:
+    """The page as HTML, in the most detail that fits into 6 MB."""
+    try:
+        plotly = _plotly()
+    except ImportError as error:
+        raise UserError(
+            f"The report needs {error.name}, which is not installed: pip install 'normwright[lab]', then "
+            "`normwright report` on the run's folder draws it from the journal."
+        ) from error
+    text = ""
+    for detail in DETAILS:
+        text = _render(page, plotly, detail)
+        if len(text.encode()) < LIMIT:
+            break
+    return text
+
+
+def _render(page: Page, plotly: str, detail: Detail) -> str:
+    drawn = figures(page, detail)
+    plots = [plot for section in drawn.values() for plot in section if "traces" in plot]
+    metrics, published = _published(page)
+    arms = page.settings["arms"]
+    varying = [
+        key
+        for key in dict.fromkeys(key for settings in arms.values() for key in settings)
+        if len({repr(settings.get(key)) for settings in arms.values()}) > 1
+    ]
+    run_metrics = [m for m in (page.metric("train_loss"), page.metric("train_acc")) if _any(page, m.name)]
+    run_metrics += [m for m in page.metrics if _any(page, m.name)]
+    return _template(
+        "report.html",
         page=page,
-        figures=figures(page),
-        plotly=Markup(get_plotlyjs()),
-        ours=_ours(page),
+        figures=drawn,
+        data=[{key: plot[key] for key in ("id", "traces", "layout", "crowd")} for plot in plots],
+        legends={name: _legend(page, drawn[name]) for name in ("axis", "curves")},
+        groups=groups(page),
+        digits=_digits(page, [*run_metrics, *metrics]),
+        plotly=plotly,
+        published=published,
+        published_metrics=metrics,
+        comparable=page.settings["data"] == page.study["published_data"],
+        failures=_failures(page),
+        run_metrics=run_metrics,
+        shown_runs=page.runs[: detail.runs],
+        detail=detail,
         seconds={run.id: _seconds(page, run) for run in page.runs},
+        varying=varying,
         evaluations=EVALUATIONS,
         colours=COLOURS,
-        comparable=page.settings["data"] == page.study["published_data"],
+        curve_epochs=_curve_table(page),
     )
+
+
+def _any(page: Page, metric: str) -> bool:
+    return any(isinstance(run.results.get(metric), int | float) for run in page.runs)
+
+
+def _digits(page: Page, metrics: Iterable[Metric]) -> dict[str, int | None]:
+    """Decimals by metric, the same in all tables."""
+    found: dict[str, int | None] = {}
+    for metric in [*metrics, *page.metrics]:
+        seen = [row.summary.mean for row in page.rows if row.metric.name == metric.name and row.summary]
+        seen = seen or [
+            v for run in page.counted if isinstance(v := run.results.get(metric.name), int | float) and math.isfinite(v)
+        ]
+        found[metric.name] = 3 if metric.form == "share" else decimals(seen)
+    return found
+
+
+def _curve_table(page: Page) -> list[dict[str, Any]]:
+    """The curves' means in numbers, at no more than a dozen epochs: the plots' twin for those who cannot see them."""
+    found = []
+    for metric in page.curve_metrics():
+        curves = [curve for arm in page.arms if (curve := page.curve(arm["name"], metric.name)).epochs]
+        epochs = _thin(sorted({e for curve in curves for e in curve.epochs}), 12)
+        rows = [(curve.arm, dict(zip(curve.epochs, curve.mean, strict=True))) for curve in curves]
+        values = [v for _, row in rows for v in row.values()]
+        found.append({"metric": metric, "epochs": epochs, "rows": rows,
+                      "decimals": 3 if metric.form == "share" else decimals(values)})  # fmt: skip
+    return found
+
+
+def _read(folder: Path) -> Page:
+    path = folder / "journal.sqlite"
+    if not path.is_file():
+        raise UserError(f"There is no journal in {folder} (journal.sqlite); give the folder that --out named.")
+    with Journal(path, mode="read") as journal:
+        return collect(journal)
 
 
 def draw(folder: Path) -> Path:
     """Draw `report.html` from `journal.sqlite` in the same folder, and return its path."""
-    journal_path = folder / "journal.sqlite"
-    if not journal_path.is_file():
-        raise UserError(f"There is no journal in {folder} (journal.sqlite); give the folder that --out named.")
-    with Journal(journal_path, mode="read") as journal:
-        page = collect(journal)
+    page = _read(folder)
     target = folder / "report.html"
     atomic_write(target, [render(page).encode()])
     return target

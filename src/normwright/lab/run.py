@@ -15,15 +15,18 @@ from rich.table import Table
 from rich.text import Text
 
 from ..allocator import tune_allocator
-from . import report
-from .data import load
-from .engine import ENGINES, Job, mixed
+from . import analysis, report
+from .data import Dataset, load
+from .engine import Job, Start, initial, mixed, parts
 from .errors import UserError
+from .executor import ENGINES, in_process, left
+from .figures import as_json, plain
 from .journal import Journal, Metrics, Run, environment
 from .journal import Study as Recorded
-from .study import Study, find, plan
+from .study import Concluded, Conclusion, Plan, Study, find, plan
 
 __all__ = [
+    "EXECUTORS",
     "Outcome",
     "Request",
     "Stopped",
@@ -35,18 +38,23 @@ __all__ = [
     "run_study",
 ]
 
+EXECUTORS = ("here", "ray")
 SMOKE_IMAGES = 200  # for training, and as many for testing
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of `run_study`; `overrides` are the study's settings by name, None where not given."""
+    """What is asked of `run_study`.
+
+    `study`: a name or a file; `data`: None takes the study's own; `overrides` are settings by name, None where not
+    given, and `settings` such as text, `key=value` (see `study.plan`).
+    """
 
     study: str
-    data: str = "digits"
+    data: str | None = None
     data_dir: Path | None = None
-    norms: Sequence[str] | None = None
     overrides: Mapping[str, Any] | None = None
+    settings: Sequence[str] = ()
     out: Path | None = None
     device: str = "auto"
     resume: bool = False
@@ -54,6 +62,9 @@ class Request:
     command: str = ""
     show: Literal["progress", "nothing"] = "progress"
     engine: str = "sequential"
+    executor: str = "here"
+    address: str | None = None
+    workers: int = 2
 
 
 @dataclass(frozen=True)
@@ -62,44 +73,12 @@ class Outcome:
 
     folder: Path
     report: Path
-    page: report.Page
+    page: analysis.Page
 
     def summary(self) -> dict[str, Any]:
         """What `--json` prints."""
-        page = self.page
-        return {
-            "study": page.study["name"],
-            "data": page.settings["data"],
-            "seeds": page.settings["seeds"],
-            "journal": str(self.folder / "journal.sqlite"),
-            "report": str(self.report),
-            "complete": not page.unfinished,
-            "verdicts": [
-                {
-                    "contrast": contrast["text"],
-                    "verdict": found.word,
-                    "reason": found.reason,
-                    "effect": found.effect,
-                    "interval": None if found.interval is None else [found.interval.low, found.interval.high],
-                    "n": found.n,
-                }
-                for contrast, found, _ in page.verdicts
-            ],
-            "results": [
-                {
-                    "arm": row.arm,
-                    "evaluation": row.evaluation,
-                    "n": len(row.values),
-                    "mean": row.summary.mean if row.summary else None,
-                    "sd": row.summary.sd if row.summary else None,
-                    "by_seed": {str(seed): value for seed, value in row.values.items()},
-                }
-                for row in page.rows
-            ],
-            "failures": [
-                {"arm": run.arm, "seed": run.seed, "status": run.status, "error": run.error} for run in page.failures
-            ],
-        }
+        places = {"journal": str(self.folder / "journal.sqlite"), "report": str(self.report)}
+        return {**analysis.summary(self.page), **places}
 
 
 class Stopped(Exception):
@@ -118,10 +97,11 @@ class _Rate(ProgressColumn):
 class _Silent:
     """No progress at all."""
 
-    def begin(self, run: Run) -> None: ...
+    def begin(self, runs: Sequence[Run]) -> None: ...
     def trained(self, images: int) -> None: ...
     def epoch(self, run: Run, epoch: int, metrics: Metrics) -> None: ...
     def end(self, run: Run, status: str, error: str | None) -> None: ...
+    def say(self, text: str) -> None: ...
     def __enter__(self) -> _Silent:
         return self
 
@@ -131,30 +111,30 @@ class _Silent:
 class _Lines(_Silent):
     """A plain line an epoch, for logs."""
 
-    def __init__(self, console: Console, settings: Mapping[str, Mapping[str, Any]]) -> None:
-        self.console, self.settings = console, settings
+    def __init__(self, console: Console) -> None:
+        self.console = console
 
     def epoch(self, run: Run, epoch: int, metrics: Metrics) -> None:
-        accuracy = metrics.get("test_acc")
-        tested = f", test accuracy {accuracy:.4f}" if isinstance(accuracy, float) else ""
-        total = self.settings[run.arm]["epochs"]
-        self._say(
-            f"{run.arm}, seed {run.seed}, epoch {epoch + 1}/{total}: train loss {metrics['train_loss']:.4f}{tested}"
-        )
+        found = [
+            f"{name} {value:.4f}"
+            for key, name in (("train_loss", "train loss"), ("test_acc", "test accuracy"))
+            if isinstance(value := metrics.get(key), float)
+        ]
+        self.say(f"{_named(run)}, epoch {epoch + 1}/{run.config.get('epochs', 1)}: {', '.join(found) or 'measured'}")
 
     def end(self, run: Run, status: str, error: str | None) -> None:
         if status != "finished":
-            self._say(f"{run.arm}, seed {run.seed} {status}: {error}; the study goes on")
+            self.say(f"{_named(run)} {status}: {error}; the study goes on")
 
-    def _say(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Bar(_Silent):
-    """A bar with the arm, seed, epoch and accuracy, the rate and the time left."""
+    """A bar with the arm, seeds, epoch and accuracy, the rate and the time left."""
 
-    def __init__(self, console: Console, settings: Mapping[str, Mapping[str, Any]], images: int, left: int) -> None:
-        self.settings, self.images = settings, images
+    def __init__(self, console: Console, images: Mapping[int, int]) -> None:
+        self.images = images  # what each run that is left has to train on
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -163,9 +143,12 @@ class _Bar(_Silent):
             TimeRemainingColumn(),
             console=console,
         )
-        self.task = self.progress.add_task("starting", total=left * images)
-        self.done = 0  # epochs of the run under way
-        self.accuracy = ""
+        self.task = self.progress.add_task("starting", total=sum(images.values()))
+        self.ended = 0  # images of the runs that have ended
+        self.under_way = 0  # images trained of those that have not
+        self.runs: dict[int, Run] = {}
+        self.done = 0
+        self.accuracy: dict[int, float] = {}
 
     def __enter__(self) -> _Bar:
         self.progress.start()
@@ -174,31 +157,52 @@ class _Bar(_Silent):
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def begin(self, run: Run) -> None:
-        self.done, self.accuracy = run.epochs, ""
-        self._describe(run)
+    def begin(self, runs: Sequence[Run]) -> None:
+        self.runs, self.done, self.accuracy = {run.id: run for run in runs}, runs[0].epochs, {}
+        self._describe()
 
     def trained(self, images: int) -> None:
-        self.progress.advance(self.task, images)
+        self.under_way += images
+        self.progress.update(self.task, completed=self.ended + self.under_way)
 
     def epoch(self, run: Run, epoch: int, metrics: Metrics) -> None:
         self.done = epoch + 1
         accuracy = metrics.get("test_acc")
-        self.accuracy = f" · {accuracy:.3f}" if isinstance(accuracy, float) else ""
-        self._describe(run)
+        if isinstance(accuracy, float):
+            self.accuracy[run.id] = accuracy
+        self._describe()
 
     def end(self, run: Run, status: str, error: str | None) -> None:
-        # A run that ended early leaves the bar the epochs that it will not train.
-        self.progress.advance(self.task, (self.settings[run.arm]["epochs"] - self.done) * self.images)
+        # What a run that ended early will not train counts as done; what it has trained is no longer under way.
+        self.ended += self.images.get(run.id, 0)
+        self.runs.pop(run.id, None)
+        if not self.runs:
+            self.under_way = 0
+            self.progress.update(self.task, completed=self.ended)
         if status != "finished":
-            self.progress.console.print(
-                f"{run.arm}, seed {run.seed} {status}: {error}; the study goes on", markup=False, highlight=False
-            )
+            self.say(f"{_named(run)} {status}: {error}; the study goes on")
 
-    def _describe(self, run: Run) -> None:
-        total = self.settings[run.arm]["epochs"]
-        text = f"{run.arm} · seed {run.seed} · epoch {min(self.done + 1, total)}/{total}{self.accuracy}"
+    def say(self, text: str) -> None:
+        self.progress.console.print(text, markup=False, highlight=False)
+
+    def _describe(self) -> None:
+        runs = list(self.runs.values())
+        if not runs:
+            return
+        arms = list(dict.fromkeys(run.arm for run in runs))
+        seeds = sorted({run.seed for run in runs})
+        total = runs[0].config.get("epochs", 1)
+        accuracy = f" · {sum(self.accuracy.values()) / len(self.accuracy):.3f}" if self.accuracy else ""
+        text = (
+            f"{arms[0]}{f' and {len(arms) - 1} more' if len(arms) > 1 else ''} · "
+            f"seed{'s' if len(seeds) > 1 else ''} {seeds[0]}{f'–{seeds[-1]}' if len(seeds) > 1 else ''} · "
+            f"epoch {min(self.done + 1, total)}/{total}{accuracy}"
+        )
         self.progress.update(self.task, description=text)
+
+
+def _named(run: Run) -> str:
+    return f"{run.arm}, seed {run.seed}"
 
 
 def choose_device(name: str) -> torch.device:
@@ -214,10 +218,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _folder(request: Request, data_name: str) -> Path:
+def _folder(request: Request, name: str, data_name: str) -> Path:
     if request.out is not None:
         return request.out
-    return Path("runs") / f"{request.study}-{re.sub(r'[^A-Za-z0-9._-]+', '-', data_name).strip('-.') or 'data'}"
+    return Path("runs") / "-".join(
+        re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("-.") or "data" for part in (name, data_name)
+    )
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
@@ -264,12 +270,42 @@ def _open(journal: Journal, study: Study, source: str, settings: dict[str, Any],
     return journal.open_study(study.name, data_sha256=sha256)
 
 
-def _watcher(request: Request, console: Console, settings: Mapping[str, Any], images: int, left: int) -> Any:
-    if request.show == "nothing":
-        return _Silent()
-    if console.is_terminal:
-        return _Bar(console, settings, images, left)
-    return _Lines(console, settings)
+def _data(study: Study, request: Request, progress: bool) -> Dataset:
+    name = request.data if request.data is not None else study.data
+    limit = SMOKE_IMAGES if request.smoke else None
+    if isinstance(name, str):
+        return load(name, request.data_dir, limit=limit, progress=progress)
+    try:
+        found = name()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"The data of {study.name} raised {type(error).__name__}: {error}; mend it in its file."
+        ) from error
+    if not isinstance(found, Dataset):
+        raise UserError(
+            f"The data of {study.name} is a normwright.lab.data.Dataset or a name; its function returned "
+            f"{type(found).__name__}."
+        )
+    return found.limited(limit)
+
+
+def _check_networks(job: Job) -> None:
+    """Build every arm's network once: what cannot be built for these images is told before anything is written."""
+    if job.study.procedure is not None:
+        return
+    for arm, settings in job.settings.items():
+        parts(job.data, settings)
+        tuned = {key: values[0] for key, values in job.study.tune.items()}
+        try:
+            initial(job, Start(0, arm, 0, {**settings, **tuned}))
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"build= of {job.study.name} raised for the arm {arm}: {type(error).__name__}: {error}; mend it there."
+            ) from error
 
 
 def run_study(request: Request) -> Outcome:
@@ -279,87 +315,137 @@ def run_study(request: Request) -> Outcome:
 
     Errors: `UserError` for what the user can mend; `Stopped` on Ctrl-C, when the journal holds every whole epoch.
     """
+    for option, value, known in (("--engine", request.engine, ENGINES), ("--executor", request.executor, EXECUTORS)):
+        if value not in known:
+            raise UserError(f"{option} is one of {', '.join(known)}; got {value!r}.")
     study, source = find(request.study)
-    if request.norms is not None:
-        study = study.with_norms(request.norms)
     overrides = dict(request.overrides or {})
     if request.smoke:
-        overrides = {"epochs": 1, "seeds": 1, **{key: value for key, value in overrides.items() if value is not None}}
-    plan(study, request.data, overrides)  # wrong numbers are told before the data is loaded
+        given = {key: value for key, value in overrides.items() if value is not None}
+        overrides = {"epochs": 1, "seeds": 1, **study.smoke, **given}
+    plan(study, str(request.data or study.data), overrides, request.settings)  # told before the data is loaded
     device = choose_device(request.device)
     if request.out is not None:
         _check_folder(request.out, request.resume)
     console = Console(stderr=True)
-    data = load(
-        request.data,
-        request.data_dir,
-        limit=SMOKE_IMAGES if request.smoke else None,
-        progress=request.show == "progress" and console.is_terminal,
-    )
-    n_seeds, arms = plan(study, data.name, overrides)
-    folder = _folder(request, data.name)
+    data = _data(study, request, request.show == "progress" and console.is_terminal)
+    wanted = plan(study, data.name, overrides, request.settings)
+    study = wanted.study
+    folder = _folder(request, study.name, data.name)
     _check_folder(folder, request.resume)
-    job = Job(study, mixed(data).to(device), arms, device)
-    seeds = list(range(n_seeds))
-    settings = {
-        "data": data.name,
-        "data_source": data.source,
-        "n_train": len(data.x_train),
-        "n_test": len(data.x_test),
-        "shape": [data.channels, *data.size],
-        "seeds": seeds,
-        "device": str(device),
-        "engine": request.engine,
-        "arms": {name: dict(values) for name, values in arms.items()},
-    }
-    # A network that cannot be built for these images is told before anything is written.
-    for arm in study.arms:
-        study.build(arms[arm.name], (data.channels, *data.size), len(data.classes))
+    job = Job(study, mixed(data).to(device), wanted.arms, device)
+    _check_networks(job)
     tune_allocator()  # a resumed study trains in a process of its own
     with Journal(folder / "journal.sqlite") as journal:
-        recorded = _open(journal, study, source, settings, data.sha256, request.command)
-        for seed in seeds:
-            for arm in study.arms:
-                journal.add_run(recorded.id, arm.name, seed, arms[arm.name])
-        left = sum(
-            arms[run.arm]["epochs"] - run.epochs
-            for run in journal.runs(recorded.id)
-            if run.status not in ("finished", "diverged")
-        )
+        recorded = _open(journal, study, source, _settings(request, job, wanted), data.sha256, request.command)
+        for arm, seed, settings in wanted.runs():
+            journal.add_run(recorded.id, arm, seed, settings)
         try:
-            with _watcher(request, console, arms, len(data.x_train), left) as watcher:
-                ENGINES[request.engine](job, journal, recorded.id, watcher)
+            with _watcher(request, console, job, left(journal, recorded.id)) as watcher:
+                if request.executor == "ray":
+                    from .ray_executor import ray_cluster
+
+                    ray_cluster(job, journal, recorded.id, request.engine, watcher, request.address, request.workers)
+                else:
+                    in_process(job, journal, recorded.id, request.engine, watcher)
+                _conclude(job, journal, recorded.id, watcher)
         except KeyboardInterrupt as error:
             raise Stopped(folder) from error
-        page = report.collect(journal)
+        page = analysis.collect(journal)
     if page.failures and all(run.status == "failed" for run in page.runs):
         raise UserError(f"Every run failed, the first with {page.failures[0].error}; nothing to report.")
     return Outcome(folder, report.draw(folder), page)
 
 
+def _settings(request: Request, job: Job, wanted: Plan) -> dict[str, Any]:
+    """What the journal keeps of how a study was run, and what `--resume` must repeat."""
+    data = job.data
+    return {
+        "data": data.name,
+        "data_source": data.source,
+        "n_train": len(data.x_train),
+        "n_test": len(data.x_test),
+        "shape": [data.channels, *data.size],
+        "seeds": list(range(wanted.seeds)),
+        "device": str(job.device),
+        "engine": request.engine,
+        "arms": {name: dict(values) for name, values in wanted.arms.items()},
+        "tune": {key: list(values) for key, values in wanted.study.tune.items()},
+    }
+
+
+def _watcher(request: Request, console: Console, job: Job, runs: Sequence[Run]) -> Any:
+    if request.show == "nothing":
+        return _Silent()
+    if not console.is_terminal:
+        return _Lines(console)
+    images = {
+        run.id: (run.config.get("epochs", 1) - run.epochs)
+        * (len(job.data.x_train) if job.study.procedure else len(parts(job.data, run.config).x))
+        for run in runs
+    }
+    return _Bar(console, images)
+
+
+def _conclude(job: Job, journal: Journal, study: int, watcher: Any) -> None:
+    """Let the study look at its runs once the last has ended, and keep what it found."""
+    runs = journal.runs(study)
+    if job.study.conclude is None or any(run.status in ("pending", "running", "interrupted") for run in runs):
+        return
+    watcher.say("concluding")
+    conclusion = Conclusion(
+        job.study, job.data, job.device, analysis.counted(runs, job.study.tune), journal.epochs, journal.checkpoint
+    )
+    try:
+        with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            found = job.study.conclude(conclusion)
+        if not isinstance(found, Concluded):
+            raise TypeError(f"conclude returns normwright.lab.study.Concluded, not {type(found).__name__}")
+        results = {name: {str(seed): dict(m) for seed, m in each.items()} for name, each in found.results.items()}
+        figures = [as_json(figure) for figure in found.figures]
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"All runs are recorded, but conclude= of {job.study.name} raised {type(error).__name__}: {error}; mend it "
+            "and go on by --resume."
+        ) from error
+    journal.store(study, "conclusion", {"results": plain(results), "figures": figures})
+
+
 def print_outcome(outcome: Outcome, console: Console) -> None:
-    """The table at the end, the verdict, the failures, and where the report is."""
+    """The table at the end, the verdicts, the failures, and where the report is."""
     page = outcome.page
-    table = Table(title=f"{page.study['title']}: test accuracy on {page.settings['data']}", title_justify="left")
-    for name in ("arm", "evaluation", "mean ± sd", "95% interval", "n"):
+    table = Table(title=Text(f"{page.study['title']}, on {page.settings['data']}"), title_justify="left")
+    for name in ("arm", "metric", "mean ± sd", "95% interval", "n"):
         table.add_column(name, justify="right" if name in ("mean ± sd", "95% interval", "n") else "left")
     for row in page.rows:
         s = row.summary
-        mean = "no run finished" if s is None else f"{s.mean:.4f}" + ("" if s.sd is None else f" ± {s.sd:.4f}")
-        bounds = f"{s.interval.low:.4f} to {s.interval.high:.4f}" if s and s.interval else "–"
-        table.add_row(Text(row.label), row.evaluation, mean, bounds, str(len(row.values)))
+        mean = "no run finished" if s is None else f"{s.mean:.4g}" + ("" if s.sd is None else f" ± {s.sd:.2g}")
+        bounds = f"{s.interval.low:.4g} to {s.interval.high:.4g}" if s and s.interval else "–"
+        table.add_row(Text(row.label), Text(row.evaluation), mean, bounds, str(len(row.values)))
     console.print(table)
     for contrast, found, _ in page.verdicts:
-        effect = "" if found.effect is None else f" {report.points(found.effect)} points"
+        form = page.metric(contrast["first"][1]).form
+        effect = "" if found.effect is None else f" {_signed(found.effect, form)}"
         bounds = (
             ""
             if found.interval is None
-            else f" ({report.points(found.interval.low)} to {report.points(found.interval.high)})"
+            else f" ({_signed(found.interval.low, form)} to {_signed(found.interval.high, form)})"
         )
-        console.print(f"{contrast['text']}:{effect}{bounds}, {found.word}", markup=False, highlight=False)
+        line = f"{contrast['text']}:{effect}{bounds}, {found.word}"
+        console.print(line if found.word != "undecided" else f"{line}. {found.reason}", markup=False, highlight=False)
     for run in page.failures:
         console.print(f"{run.status}: {run.arm}, seed {run.seed}: {run.error}", markup=False, highlight=False)
     console.print(f"Report: {outcome.report}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _signed(value: float, form: str) -> str:
+    """A difference as text, in percentage points for shares."""
+    text = f"{100 * value:+.1f}" if form == "share" else f"{value:+.3g}"
+    text = "0" + text[2:] if float(text) == 0 else text.replace("-", "−")
+    return f"{text} points" if form == "share" else text
 
 
 def _journal(folder: Path) -> Path:
