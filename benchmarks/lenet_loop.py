@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from normwright.lab.data import load
-from normwright.lab.engine import Job, initial, make_optimizer, train_epoch
+from normwright.lab.engine import Job, Start, initial, make_optimizer, train_epoch
 from normwright.lab.journal import environment
 from normwright.lab.study import plan
 from normwright.studies.lenet import STUDY
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--norm", default="bn", help="batch norm of the engine: bn (ours, default) or nn (torch)")
     options = parser.parse_args()
     data = load(options.data)
-    _, settings = plan(STUDY, "fashion-mnist", {})
+    settings = {arm: dict(each) for arm, each in plan(STUDY, "fashion-mnist", {}).arms.items()}
     settings["bn"]["norm"] = options.norm
     job = Job(STUDY, data, settings, torch.device("cpu"))
     x, y = data.x_train[: options.images], data.y_train[: options.images]
@@ -80,11 +80,11 @@ def main() -> None:
     )
     for arm in ("bn", "none"):
         lr, size = settings[arm]["lr"], settings[arm]["batch_size"]
-        ours, theirs = initial(job, arm, 0), network(arm == "bn")
+        ours, theirs = initial(job, Start(0, arm, 0, settings[arm])), network(arm == "bn")
         with torch.no_grad():
             for parameter, start in zip(theirs.parameters(), ours.parameters(), strict=True):
                 parameter.copy_(start)
-        our_optimizer = make_optimizer(ours, "sgd", lr)
+        our_optimizer = make_optimizer(ours, settings[arm])
         their_optimizer = torch.optim.SGD(theirs.parameters(), lr=lr)
         loss_function = nn.CrossEntropyLoss()
         generator = torch.Generator().manual_seed(0)

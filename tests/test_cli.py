@@ -16,7 +16,7 @@ from normwright.lab import files
 from normwright.lab.journal import Journal
 
 COMMAND = [sys.executable, "-m", "normwright"]
-TINY = ["study", "lenet", "--smoke", "--out"]
+TINY = ["study", "lenet", "arm=bn,none", "--smoke", "--out"]
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_a_smoke_study_end_to_end(command, tmp_path):
     recorded = {(arm, seed): epochs[-1] for arm, seed, _, epochs in metrics(out)}
     assert found["results"][1]["by_seed"] == {"0": recorded["bn", 0]["test_acc_recalibrated"]}
     assert found["verdicts"][0]["verdict"] == "undecided"
-    assert "normwright study lenet --smoke" in (out / "report.html").read_text()
+    assert "normwright study lenet arm=bn,none --smoke" in (out / "report.html").read_text()
     # The journal there is not written over; --resume finds nothing left to do; other settings are refused by name.
     code, _, error = command(*TINY, out)
     assert code == 2
@@ -102,6 +102,12 @@ def test_without_a_terminal_a_plain_line_an_epoch_and_a_table(command, tmp_path)
         (["--norm", "bogus"], "got 'bogus'"),
         (["--norm", ""], "got ''"),
         (["--optimizer", "lion"], "got 'lion'"),
+        (["--engine", "warp"], "--engine is one of auto, packed, sequential; got 'warp'."),
+        (["--executor", "moon"], "--executor is one of here, ray; got 'moon'."),
+        (["arm=bogus"], "arm= takes arms of lenet"),
+        (["learning_rate=1"], "a key that lenet knows"),
+        (["lr=fast"], "'fast' is no value for a setting that is"),
+        (["lr"], "KEY=VALUE"),
         (["--device", "quantum"], "--device quantum cannot be used here"),
         (["--data", "/no/such/folder"], "/no/such/folder"),
         (["--out", "FILE"], "is a file"),
@@ -111,7 +117,7 @@ def test_without_a_terminal_a_plain_line_an_epoch_and_a_table(command, tmp_path)
 def test_bad_values_are_one_sentence_and_write_nothing(command, tmp_path, monkeypatch, arguments, text):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("")
-    code, printed, error = command("study", "lenet", *arguments)
+    code, printed, error = command("study", "lenet", "arm=bn,none", *arguments)
     assert (code, printed) == (2, "")
     assert text in error
     assert error.startswith("normwright: ")
@@ -245,7 +251,7 @@ def wait_for_epochs(process, n):
 @pytest.mark.slow
 def test_killed_and_interrupted_studies_lose_an_epoch_at_most(tmp_path):
     """kill -9, then Ctrl-C, then to the end: the same numbers, bit for bit, as without."""
-    common = ["study", "lenet", "--smoke", "--epochs", "6", "--seeds", "1", "--batch-size", "8"]
+    common = ["study", "lenet", "arm=bn,none", "--smoke", "--epochs", "6", "--seeds", "1", "--batch-size", "8"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     # in processes of their own, all of them: what other tests did to this one may round otherwise
     process = start(*common, "--out", str(whole), "--quiet")

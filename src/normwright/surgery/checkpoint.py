@@ -258,6 +258,10 @@ def _built(checkpoint: Checkpoint, model: str | Callable[[], nn.Module] | None) 
     from ..lab.study import find
 
     study, _ = find(network["study"])
+    if study.build is None:
+        raise UserError(
+            f"The study {study.name} trains no network; name a function that returns it, --model FILE.py:NAME."
+        )
     checkpoint.found.append(f"Its network is that of the study {network['study']}, arm {network['arm']}.")
     return study.build(network["settings"], tuple(network["shape"]), network["classes"])
 
