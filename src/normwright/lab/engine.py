@@ -149,7 +149,8 @@ def parts(data: Dataset, settings: Mapping[str, Any]) -> Parts:
 def initial(job: Job, start: Start) -> nn.Module:
     """The network of a run at the start: parameters that it shares with the study's first arm are equal to that arm's.
 
-    Settings that only the run has (those that are tuned) hold for the first arm's network too.
+    Settings that only the run has (those that are tuned), and those that change starting values alone, hold for the
+    first arm's network too: else all arms of a sweep over weight scales would start at the first arm's scale.
     """
     if job.study.build is None:
         raise UserError(f"The study {job.study.name} has neither build= nor procedure=; give it one of them.")
@@ -162,8 +163,8 @@ def initial(job: Job, start: Start) -> nn.Module:
 
     model, first = built(start.settings), job.study.arms[0].name
     if start.arm != first:
-        tuned = {key: start.settings[key] for key in job.study.tune}
-        shared = dict(built({**job.settings[first], **tuned}).named_parameters())
+        own = {key: start.settings[key] for key in (*job.study.tune, *job.study.packs) if key in start.settings}
+        shared = dict(built({**job.settings[first], **own}).named_parameters())
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name in shared and shared[name].shape == parameter.shape:
