@@ -49,6 +49,8 @@ DETAILS = (Detail(True, 400, 3000, 3_000_000), Detail(False, 200, 1000, 2_000_00
 def written(value: float, decimals: int | None = 3, signed: bool = False) -> str:
     """A number with so many decimals, or with three digits where `decimals` is None; true minus, zero without sign."""
     sign = "+" if signed else ""
+    if not math.isfinite(value):
+        return str(value).replace("-", "−")
     if decimals is not None:
         text = f"{value:{sign},.{decimals}f}"
     elif value == 0 or 1e-3 <= abs(value) < 1e5:
@@ -139,7 +141,7 @@ def _dots(lanes: Sequence[Lane], form: str, spread: float) -> list[dict[str, Any
             "y": dots["y"],
             "text": dots["text"],
             "hovertemplate": f"%{{text}}: %{{x:{form}}}<extra></extra>",
-            "marker": {**marker, "line": {"width": 1 if "open" in "".join(dots["symbol"]) else 0}},
+            "marker": {**marker, "line": {"width": [int("open" in symbol) for symbol in dots["symbol"]], "color": dots["color"]}},
         }
     ]
     for colour in dict.fromkeys(lane.colour for lane in lanes):
@@ -174,8 +176,13 @@ def _dots(lanes: Sequence[Lane], form: str, spread: float) -> list[dict[str, Any
     return traces
 
 
-def _rows_layout(names: Sequence[str], title: str, row_height: float, **xaxis: Any) -> dict[str, Any]:
+def _rows_layout(names: Sequence[str], title: str, row_height: float = 0, **xaxis: Any) -> dict[str, Any]:
     """`meta.rows`: on a narrow screen the page writes the names above their rows instead of beside them."""
+    # Many rows take longer lines, so that all of them are seen together.
+    width = 30 if len(names) <= CROWD else 44
+    labels = [_wrap(name, width) for name in names]
+    lines = max(label.count("<br>") + 1 for label in labels)
+    row_height = max(row_height, 17 * lines + 12, 56 if len(names) <= CROWD else 0)
     return {
         "height": round(70 + row_height * len(names)),
         "showlegend": False,
@@ -183,7 +190,7 @@ def _rows_layout(names: Sequence[str], title: str, row_height: float, **xaxis: A
         "yaxis": {
             "tickmode": "array",
             "tickvals": [-i for i in range(len(names))],
-            "ticktext": [_wrap(name, 30) for name in names],
+            "ticktext": labels,
             "range": [0.55 - len(names), 0.5],
             "showgrid": False,
         },
@@ -297,8 +304,7 @@ def _final_figures(page: Page) -> list[dict[str, Any]]:
             name = _escape(row.label if len(metrics) == 1 else f"{row.label}, {row.evaluation}")
             lanes.append(Lane(at, row.values, mean, bounds, _colour(page, row.arm), mark, name))
         names = [page.labels[arm] for arm in arms]
-        lines = max(_wrap(name, 30).count("<br>") + 1 for name in names)
-        height = max(18 * lines + 14, (34 if len(rows) < 12 else 22) * deepest)
+        height = (34 if len(rows) < 12 else 20) * deepest
         xaxis = _axis_of(metrics[0], [v for row in rows for v in row.values.values()])
         form = ".4f" if metrics[0].form == "share" else ".4~g"
         key = ""

@@ -1,67 +1,127 @@
-"use strict";
 const figures = JSON.parse(document.getElementById("figures").textContent);
+const narrow = matchMedia("(max-width: 40rem)");
+const chosen = {}; // by the plots of a legend: the key brought forward
 
 // Colours in the figures are names of CSS variables, so that the plots follow the theme of the page.
-function resolve(value, style) {
-  if (typeof value === "string") return value.startsWith("--") ? style.getPropertyValue(value).trim() : value;
-  if (Array.isArray(value)) return value.map((item) => resolve(item, style));
+function resolve(value, style, key = "") {
+  if (typeof value === "string")
+    return /color|fill|stroke/i.test(key) && /^--[a-z0-9-]+$/.test(value) ? style.getPropertyValue(value).trim() : value;
+  if (Array.isArray(value)) return value.map((item) => resolve(item, style, key));
   if (value !== null && typeof value === "object")
-    return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, resolve(item, style)]));
+    return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, resolve(item, style, name)]));
   return value;
 }
 
-function axis(own) {
+function axis(own = {}) {
+  const title = typeof own.title === "string" ? { text: own.title } : own.title;
   return {
     gridcolor: "--grid", linecolor: "--line", zerolinecolor: "--muted", zerolinewidth: 1, zeroline: false,
     tickcolor: "--line", automargin: true, fixedrange: true, ...own,
-    title: { font: { size: 13 }, standoff: 10, ...own.title },
+    title: { font: { size: 13 }, standoff: 10, ...title },
   };
 }
 
-function layout(own) {
+// On a narrow screen, names of rows stand above their dots, where they leave the plot its width.
+function aboveRows(own) {
+  const rows = own.meta?.rows;
+  if (!rows || !narrow.matches) return own;
+  const annotations = rows.map((text, i) => ({
+    text, x: 0, xref: "paper", xanchor: "left", y: -i + 0.5, yref: "y", yanchor: "top", showarrow: false,
+    font: { size: 12 }, align: "left",
+  }));
+  const [low, high] = own.yaxis.range;
+  return {
+    ...own, annotations, height: own.height + 16 * rows.length,
+    yaxis: { ...own.yaxis, showticklabels: false, range: [low - 0.05, high + 0.1] },
+  };
+}
+
+function layout(given) {
+  const own = aboveRows(given);
+  const axes = Object.fromEntries(
+    ["xaxis", "yaxis", ...Object.keys(own).filter((key) => /^[xy]axis\d+$/.test(key))].map((key) => [key, axis(own[key])]),
+  );
   return {
     ...own,
     autosize: true, dragmode: false, hovermode: "closest",
-    margin: { l: 8, r: 12, t: 10, b: 8 },
+    margin: { l: 8, r: 12, t: 10, b: 8, ...own.margin },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "ui-sans-serif, system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif", size: 13, color: "--soft-ink" },
     hoverlabel: { bgcolor: "--card", bordercolor: "--line", font: { color: "--ink", size: 13 } },
-    legend: { orientation: "h", x: 0, xanchor: "left", y: -0.2, yanchor: "top" },
-    xaxis: axis(own.xaxis), yaxis: axis(own.yaxis),
+    legend: { orientation: "h", x: 0, xanchor: "left", y: -0.2, yanchor: "top", ...own.legend },
+    ...axes,
   };
 }
 
-function draw() {
+// A chosen line is drawn whole and last; the others step back. Where many lines are drawn, seeds and bands wait for that.
+function arranged(figure) {
+  const key = chosen[figure.id.replace(/\d+$/, "")];
+  if (!figure.traces.some((trace) => trace.meta?.part)) return figure.traces;
+  const shown = figure.traces.map((trace) => {
+    const mean = trace.meta.part === "mean";
+    if (key === undefined) return mean || !figure.crowd ? trace : { ...trace, visible: false };
+    if (trace.meta.key === key) return trace;
+    return mean ? { ...trace, opacity: 0.18, hoverinfo: "skip", hovertemplate: undefined } : { ...trace, visible: false };
+  });
+  return key === undefined ? shown : [...shown].sort((a, b) => (a.meta.key === key) - (b.meta.key === key));
+}
+
+async function draw(which = figures) {
   const style = getComputedStyle(document.documentElement);
-  return Promise.all(Object.entries(figures).map(([id, figure]) => {
-    const place = document.getElementById(id);
-    const args = [place, resolve(figure.traces, style), resolve(layout(figure.layout), style), { displayModeBar: false, responsive: true }];
-    return Plotly.react(...args).then(() => { place.dataset.drawn = "true"; });
+  for (const figure of which) {
+    const place = document.getElementById(figure.id);
+    const traces = resolve(arranged(figure), style);
+    await Plotly.react(place, traces, resolve(layout(figure.layout), style), { displayModeBar: false, responsive: true });
+    place.dataset.drawn = "true";
+  }
+}
+
+function makeLegend(list) {
+  const prefix = list.dataset.plots;
+  const buttons = [...list.querySelectorAll("button")];
+  buttons.forEach((button) => button.addEventListener("click", () => {
+    const key = button.dataset.key;
+    chosen[prefix] = chosen[prefix] === key ? undefined : key;
+    buttons.forEach((other) => other.setAttribute("aria-pressed", String(other.dataset.key === chosen[prefix])));
+    draw(figures.filter((figure) => figure.id.startsWith(prefix)));
   }));
 }
 
-// A table's headers become buttons that sort; without scripts the table stands as it is.
-function makeSortable(table) {
-  const headers = [...table.tHead.rows[0].cells];
-  headers.forEach((header, column) => {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.append(...header.childNodes);
-    header.append(button);
-    button.addEventListener("click", () => {
-      const up = header.getAttribute("aria-sort") !== "ascending";
-      headers.forEach((other) => other.removeAttribute("aria-sort"));
-      header.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const key = (row) => row.cells[column].textContent.trim();
-      const body = table.tBodies[0];
-      const rows = [...body.rows].sort((a, b) => key(a).localeCompare(key(b), "en", { numeric: true }) * (up ? 1 : -1));
-      body.append(...rows);
+// plotly.js lies in the page compressed, which leaves a third of its size.
+async function unpack() {
+  const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent.trim()), (c) => c.charCodeAt(0));
+  const script = document.createElement("script");
+  script.textContent = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  document.head.append(script);
+}
+
+async function start() {
+  if (typeof DecompressionStream === "undefined") {
+    document.querySelectorAll(".plot").forEach((place) => {
+      place.textContent = "This browser is too old for the plots (it lacks DecompressionStream); the tables hold the same numbers.";
+      place.style.minHeight = "0";
     });
+    return;
+  }
+  await unpack();
+  document.querySelectorAll(".legend").forEach(makeLegend);
+  await draw();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
+  narrow.addEventListener("change", () => draw());
+  // Paper is light: CSS variables of the dark theme hold for the screen alone, so drawing again is enough.
+  matchMedia("print").addEventListener("change", async () => {
+    await draw();
+    figures.forEach((figure) => Plotly.Plots.resize(figure.id));
   });
 }
 
-document.querySelectorAll("table.sortable").forEach(makeSortable);
-draw();
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-// Paper is light: CSS variables of the dark theme hold for the screen alone, so drawing again is enough.
-matchMedia("print").addEventListener("change", () => draw().then(() => Object.keys(figures).forEach((id) => Plotly.Plots.resize(id))));
+// What is folded away is printed too.
+addEventListener("beforeprint", () => document.querySelectorAll("details:not([open])").forEach((details) => {
+  details.open = true;
+  details.dataset.folded = "true";
+}));
+addEventListener("afterprint", () => document.querySelectorAll("details[data-folded]").forEach((details) => {
+  details.open = false;
+  delete details.dataset.folded;
+}));
+start();
