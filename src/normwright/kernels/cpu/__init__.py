@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from ...spec import NormSpec
 from .. import native
 from ..call import Call, check_sizes
+from ..common import BY_SIGN, differentiable, entries, evaluation_spec, laid_out, valid_part
 from ..plan import NoPlan, Plan, plan
 from . import build, compiled, context
 
@@ -90,21 +91,6 @@ class Recipe:
     partial: int  # parts in which the kernels leave the parameter gradients; 1 where they leave the sums themselves
 
 
-@cache
-def evaluation_spec(spec: NormSpec) -> NormSpec:
-    """The spec whose statistics are the running ones: everything but their axes is reduced."""
-    running = {axis.name for axis in spec.parsed_running.axes}
-    words = []
-    for dim in spec.parsed.dims:
-        text = " ".join(
-            (axis.name + "..." if axis.many else axis.name) if axis.name in running else
-            f"[{axis.name}{'...' if axis.many else ''}]"
-            for axis in dim
-        )  # fmt: skip
-        words.append(f"({text})" if len(dim) > 1 else text)
-    return replace(spec, pattern=" ".join(words))
-
-
 @lru_cache(maxsize=4096)
 def recipe(
     spec: NormSpec, use_batch: bool, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, threads: int
@@ -155,7 +141,7 @@ def recipe(
     elif family == "rows":
         workers = min(tasks, threads) if parallel else 1
     layout = p.layout
-    kept = [i for i in _entries(p) if i in layout.kept and layout.split[i] != 1]
+    kept = [i for i in entries(p) if i in layout.kept and layout.split[i] != 1]
     merged = bool(spec.running) and any(layout.split[i] > 1 for i in layout.merged)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     width = compute.itemsize
@@ -261,7 +247,7 @@ def normalize(call: Call, found: Recipe | ModuleType) -> Tensor:
     if bias is not None and (bias.dtype != found.compute or not bias.is_contiguous()):
         bias = bias.to(found.compute).contiguous()
     if residual is not None:
-        residual = _as(residual, x)
+        residual = laid_out(residual, x)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -270,11 +256,6 @@ def normalize(call: Call, found: Recipe | ModuleType) -> Tensor:
     ):
         return _apply(x, weight, bias, residual, call, found)
     return _forward(x, weight, bias, residual, call, found)[0]
-
-
-def _as(x: Tensor, like: Tensor) -> Tensor:
-    """x in the memory layout of `like`."""
-    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
 
 @cache
@@ -367,13 +348,7 @@ def _expand_mask(found: Recipe, x: Tensor, mask: Tensor) -> Tensor:
         for i, size in enumerate(layout.affine_view):
             if size > 1:
                 full = full.narrow(i, 0, 1)
-    return full.permute(_entries(found.plan)).contiguous()
-
-
-def _entries(p: Plan) -> list[int]:
-    """Positions in `split`, outermost in memory first."""
-    parts = p.layout.parts
-    return [sum(parts[:d]) + i for d in p.order for i in range(parts[d])]
+    return full.permute(entries(found.plan)).contiguous()
 
 
 class _Normalize(torch.autograd.Function):
@@ -386,7 +361,7 @@ class _Normalize(torch.autograd.Function):
             extra = y if found.by_output and call.act in _BY_OUTPUT else None
         else:
             # the sign of y says all that relu's slope needs; other slopes need the residual itself
-            extra = y if call.act in _BY_SIGN else None if call.act is None else residual
+            extra = y if call.act in BY_SIGN else None if call.act is None else residual
         ctx.save_for_backward(x, weight, bias, extra, statistics, flags)
         # not the call itself: it would keep alive what autograd frees
         ctx.rest = (call.spec, call.use_batch_stats, call.eps, call.act, call.mask, call.running_mean, call.running_var)
@@ -396,13 +371,16 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
         saved = ctx.saved_tensors
-        gradients = _differentiable if torch.is_grad_enabled() else _backward
-        return (*gradients(ctx.rest, ctx.found, ctx.needs_input_grad, ctx.has_residual, dy, *saved), None, None)
+        if torch.is_grad_enabled():
+            layout = ctx.found.plan.layout
+            found = differentiable(ctx.rest, layout, ctx.needs_input_grad, ctx.has_residual, dy, *saved)
+        else:
+            found = _backward(ctx.rest, ctx.found, ctx.needs_input_grad, ctx.has_residual, dy, *saved)
+        return (*found, None, None)
 
 
 # what Function.apply does besides concerns functorch, which prepare has ruled out, and costs 2 µs
 _apply: Any = super(torch.autograd.Function, _Normalize).apply  # type: ignore[misc]
-_BY_SIGN = ("relu", "leaky_relu")
 _BY_OUTPUT = ("sigmoid", "tanh")
 
 
@@ -414,12 +392,12 @@ def _backward(
     spec, use_batch, eps, act, mask, _, _ = rest
     n = found.statistics
     if dy.stride() != x.stride():
-        dy = _as(dy, x)
+        dy = laid_out(dy, x)
     dx = torch.empty_like(x)
     kind, dextra = "none", None
     if extra is not None:
         if has_residual:
-            kind, dextra = "output" if act in _BY_SIGN else "residual", torch.empty_like(x)
+            kind, dextra = "output" if act in BY_SIGN else "residual", torch.empty_like(x)
         else:
             kind = "output-only"
     want = (need[1] and weight is not None) or (need[2] and bias is not None)
@@ -457,40 +435,5 @@ def _backward(
     if has_residual and need[3]:
         dresidual = dextra
         if dextra is None:
-            dresidual = dy if mask is None else _valid(dy, found, mask)
+            dresidual = dy if mask is None else valid_part(dy, found.plan.layout, mask)
     return dx if need[0] else None, dweight if need[1] else None, dbias if need[2] else None, dresidual
-
-
-def _valid(gradient: Tensor, found: Recipe, mask: Tensor) -> Tensor:
-    """The gradient where the mask is set, 0 elsewhere, whatever it holds there."""
-    layout = found.plan.layout
-    valid = mask.reshape(layout.mask_view(tuple(mask.shape))).expand(layout.split).reshape(gradient.shape)
-    return torch.where(valid, gradient, 0.0)
-
-
-def _differentiable(
-    rest: tuple, found: Recipe, need: tuple[bool, ...], has_residual: bool, dy: Tensor,
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, extra: Tensor | None, *_: Tensor | None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The same gradients by torch operators, so that they can be differentiated again."""
-    spec, use_batch, eps, act, mask, running_mean, running_var = rest
-    residual = extra if has_residual else None
-    dz = dy
-    if residual is not None and act in _BY_SIGN:  # piecewise linear: the slope is a constant
-        dz = torch.where(residual > 0, dy, dy * (0.0 if act == "relu" else 0.01))
-        act = residual = None
-    if use_batch:  # they were moved by the forward pass, once
-        running_mean = running_var = None
-    # aliases, because one of them may have been made from another, and a gradient is along one path alone;
-    # expand_as keeps strides, which view_as loses where a size is 1
-    x, weight, bias, residual = (None if t is None else t.expand_as(t) for t in (x, weight, bias, residual))  # type: ignore[assignment]
-    call = Call(x, spec, weight, bias, running_mean, running_var, use_batch, 0.0, eps, act, residual, mask)
-    y = native.formula(call, spec.layout(x.shape))
-    wanted = [t if t is not None and need[i] else None for i, t in enumerate((x, weight, bias, residual))]
-    found_gradients = iter(
-        torch.autograd.grad(y, [t for t in wanted if t is not None], dz, create_graph=True, allow_unused=True)
-    )
-    dx, dweight, dbias, dresidual = (None if t is None else next(found_gradients) for t in wanted)
-    if has_residual and residual is None and need[3]:
-        dresidual = dz if mask is None else _valid(dz, found, mask)
-    return dx, dweight, dbias, dresidual

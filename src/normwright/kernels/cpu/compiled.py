@@ -14,6 +14,7 @@ from torch import Tensor
 from ...spec import NormSpec
 from .. import native
 from ..call import Call
+from ..common import BY_SIGN, laid_out
 
 __all__ = ["normalize"]
 
@@ -57,7 +58,7 @@ def _contiguous(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 @torch.library.custom_op("normwright::forward", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
 def _forward_op(*arguments):
     """Output, and the statistics in double: means, then variances; empty where the formula ran."""
-    from . import _as, _forward
+    from . import _forward
 
     call = _call(*arguments)
     found = _found(call)
@@ -68,7 +69,7 @@ def _forward_op(*arguments):
             statistics = native.batch_statistics(call, layout)
         return torch.empty_like(call.x).copy_(y), statistics
     weight, bias = (_contiguous(t, found.compute) for t in (call.weight, call.bias))
-    residual = None if call.residual is None else _as(call.residual, call.x)
+    residual = None if call.residual is None else laid_out(call.residual, call.x)
     y, statistics, _ = _forward(call.x, weight, bias, residual, call, found)
     return y, statistics
 
@@ -90,7 +91,7 @@ def _(x, *rest):
 )
 def _backward_op(dy, y, statistics, *arguments):
     """Gradients of x, weight, bias and residual; those of absent tensors are empty."""
-    from . import _BY_OUTPUT, _BY_SIGN, _as, _backward, _expand_mask
+    from . import _BY_OUTPUT, _backward, _expand_mask
 
     call = _call(*arguments)
     found = _found(call)
@@ -109,7 +110,7 @@ def _backward_op(dy, y, statistics, *arguments):
         if residual is None:
             extra = y if call.act in _BY_OUTPUT else None
         else:
-            extra = y if call.act in _BY_SIGN else None if call.act is None else _as(residual, x)
+            extra = y if call.act in BY_SIGN else None if call.act is None else laid_out(residual, x)
         flags = None if call.mask is None else _expand_mask(found, x, call.mask)
         rest = (call.spec, call.use_batch_stats, call.eps, call.act, call.mask, None, None)
         gradients = _backward(
