@@ -226,7 +226,7 @@ def wider(norm: str) -> Contrast:
 
 
 STUDY = Study(
-    name="lr_tolerance",
+    name="lr-tolerance",
     title="How many learning rates work",
     question="Is batch norm's gain that it bears larger learning rates, and do other norms bear them too?",
     claim="With batch norm the learning rates within a point of the best span half a decade more than without.",

@@ -162,7 +162,7 @@ def conclude(conclusion: Conclusion) -> Concluded:
 
 
 STUDY = Study(
-    name="noisy_batch_norm",
+    name="noisy-batch-norm",
     title="Batch norm with noise behind it",
     question="Is batch norm's gain that it keeps the distributions of activations still from step to step?",
     claim="Noise that moves every channel's distribution at each step costs batch norm at most a point of accuracy.",

@@ -153,7 +153,7 @@ def lags(arm: str, text: str) -> Contrast:
 
 
 STUDY = Study(
-    name="precise_statistics",
+    name="precise-statistics",
     title="Running average against precise statistics, along training",
     question="When does batch norm's running average lag behind the weights, and do precise statistics mend it?",
     claim="At learning rate 1.0, test accuracy along training is over a point higher recalibrated than with the "
