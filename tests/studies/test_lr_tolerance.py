@@ -47,9 +47,9 @@ def made_up(accuracy, study=STUDY, seeds=(0, 1)):
     runs = []
     for arm in study.arms:
         for seed in seeds:
-            value = accuracy(arm.series, arm.settings["lr"], seed)
+            value = accuracy(arm.settings["norm"], arm.settings["lr"], seed)
             status = "diverged" if value is None else "failed" if value == "failed" else "finished"
-            key = "test_acc_recalibrated" if arm.series == "bn" else "test_acc"
+            key = "test_acc_recalibrated" if arm.settings["norm"] == "bn" else "test_acc"
             results = {"test_acc": 0.3, key: value} if status == "finished" else {}
             runs.append(SimpleNamespace(arm=arm.name, seed=seed, status=status, results=results))
     data = SimpleNamespace(classes=tuple("0123456789"), y_test=torch.arange(10).repeat(100))
@@ -66,7 +66,7 @@ def test_the_conclusion_over_runs_with_a_known_answer():
 
     found = conclude(made_up(accuracy)).results
     step = math.log10(3)  # from 0.1 to 0.3, and the rest of the decade from 0.3 to 1
-    bn, none = found["bn"][1], found["none"][1]
+    bn, none = found["batch norm"][1], found["no norm"][1]
     drop = 0.01 / 0.8  # of the way to the neighbours at chance
     assert bn["decades"] == pytest.approx(2 + drop * (1 - step) + drop * step)
     assert none["decades"] == pytest.approx(0.01 / 0.15 * 1.0)
@@ -90,7 +90,7 @@ def test_figures_tell_of_the_runs_that_went_wrong():
 
 def test_a_seed_with_a_failed_rate_has_no_width():
     found = conclude(made_up(lambda series, rate, seed: "failed" if (rate, seed) == (1.0, 0) else 0.9)).results
-    assert set(found["bn"]) == {1}
+    assert set(found["batch norm"]) == {1}
 
 
 def test_every_norm_stands_where_its_name_says():
@@ -116,4 +116,4 @@ def test_every_arm_has_its_rate_and_overrides_choose_among_them():
 
 def test_a_conclusion_without_the_plain_network_leaves_out_what_it_needs():
     only = plan(STUDY, "digits", {}, ["norm=bn"]).study
-    assert "accuracy_at_plain_best" not in lr_tolerance.conclude(made_up(lambda *_: 0.9, only)).results["bn"][0]
+    assert "accuracy_at_plain_best" not in lr_tolerance.conclude(made_up(lambda *_: 0.9, only)).results["batch norm"][0]

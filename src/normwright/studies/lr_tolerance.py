@@ -143,7 +143,7 @@ def conclude(conclusion: Conclusion) -> Concluded:
         series: {seed: row for seed, row in by_seed.items() if sorted(row) == rates[series]}
         for series, by_seed in found.items()
     }
-    plain = whole.get("none", {})
+    plain = whole.get(NORMS["none"], {})
     results: dict[str, dict[int, dict[str, float]]] = {}
     rows: list[list[str | float | None]] = []
     for series, by_seed in whole.items():
@@ -161,16 +161,16 @@ def conclude(conclusion: Conclusion) -> Concluded:
                 values["accuracy_at_plain_best"] = row[shared]
             results[series][seed] = values
         if by_seed:
-            rows.append([NORMS[series], *summary(results[series]), len(by_seed), cut])
+            rows.append([series, *summary(results[series]), len(by_seed), cut])
     columns = [
         "norm", "decades within a point", "largest stable rate", "best rate", "accuracy there",
         "accuracy at the best rate without norm", "seeds", "of which cut off by the grid",
     ]  # fmt: skip
     all_rates = sorted({rate for _, rate in places.values()})
-    fate_rows = [[NORMS[series], *(fate(fates.get((series, rate))) for rate in all_rates)] for series in found]
+    fate_rows = [[series, *(fate(fates.get((series, rate))) for rate in all_rates)] for series in found]
     traces, layout = curves(
         {
-            NORMS[series]: (rates[series], {seed: [row[rate] for rate in rates[series]] for seed, row in rows_.items()})
+            series: (rates[series], {seed: [row[rate] for rate in rates[series]] for seed, row in rows_.items()})
             for series, rows_ in whole.items()
         },
         "learning rate",
@@ -220,8 +220,8 @@ def fate(seen: list[str] | None) -> str:
 
 def wider(norm: str) -> Contrast:
     return Contrast(
-        f"{NORMS[norm]} works over half a decade more learning rates than no norm", (norm, "decades"),
-        ("none", "decades"), 0.5,
+        f"{NORMS[norm]} works over half a decade more learning rates than no norm", (NORMS[norm], "decades"),
+        (NORMS["none"], "decades"), 0.5,
     )  # fmt: skip
 
 
@@ -232,7 +232,7 @@ STUDY = Study(
     claim="With batch norm the learning rates within a point of the best span half a decade more than without.",
     source="Bjorck, Gomes, Selman & Weinberger 2018, arXiv:1806.02375",
     arms=tuple(
-        Arm(f"{norm}-{rate:g}", f"{label}, {rate:g}", {"norm": norm, "lr": rate}, series=norm, at=rate)
+        Arm(f"{norm}-{rate:g}", f"{label}, {rate:g}", {"norm": norm, "lr": rate}, series=label, at=rate)
         for norm, label in NORMS.items()
         for rate in RATES
     ),
@@ -241,24 +241,24 @@ STUDY = Study(
         wider("bn"),
         Contrast(
             "batch norm's largest stable rate is over half a decade above that without norm",
-            ("bn", "log_largest_stable"),
-            ("none", "log_largest_stable"),
+            (NORMS["bn"], "log_largest_stable"),
+            (NORMS["none"], "log_largest_stable"),
             0.5,
         ),
         Contrast(
             "each at its own best rate, batch norm beats no norm by over a point",
-            ("bn", "best_accuracy"),
-            ("none", "best_accuracy"),
+            (NORMS["bn"], "best_accuracy"),
+            (NORMS["none"], "best_accuracy"),
         ),
         Contrast(
             "at the best rate without norm, batch norm still beats no norm by over a point",
-            ("bn", "accuracy_at_plain_best"),
-            ("none", "best_accuracy"),
+            (NORMS["bn"], "accuracy_at_plain_best"),
+            (NORMS["none"], "best_accuracy"),
         ),
         Contrast(
             "batch norm's own best rate gives it over a point more than the best rate without norm",
-            ("bn", "best_accuracy"),
-            ("bn", "accuracy_at_plain_best"),
+            (NORMS["bn"], "best_accuracy"),
+            (NORMS["bn"], "accuracy_at_plain_best"),
         ),
         wider("gn"),
         wider("ln"),
