@@ -14,14 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import cpu, native
+from . import cpu, native, triton
 from .call import Call
 
 __all__ = ["BACKENDS", "Choice", "Explanation", "at_once", "explain", "run", "use"]
 
 
 # name -> module, best first
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton}
 
 _demanded: str | None = None
 _record: _Record | None = None
@@ -66,7 +66,7 @@ class Explanation:
 
 
 class use:
-    """Demand a kernel by name (`"native"`, `"cpu"`), or `None` to choose freely again; process-wide.
+    """Demand a kernel by name (`"native"`, `"cpu"`, `"triton"`), or `None` to choose freely again; process-wide.
 
     Takes effect at once; as a context manager it is undone on leaving. A demanded kernel that cannot run a call raises
     and never falls back.

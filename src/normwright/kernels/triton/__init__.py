@@ -1,0 +1,399 @@
+"""The GPU backend: Triton kernels over the nest, for every pattern that has a plan.
+
+`cut` decides, once per spec, shape, strides, type and device, how the work falls into programs; `normalize` joins the
+kernels to autograd. With `TRITON_INTERPRET=1` the same kernels run on CPU tensors, one program after another: slow, and
+exact enough to test every one of them without a GPU.
+
+No GPU has timed these kernels yet. Until one has, they run where they are demanded, by `nw.use("triton")`; otherwise
+CUDA tensors take torch's own operators, and `explain` says so.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ...spec import NormSpec
+from .. import native
+from ..call import Call, check_sizes
+from ..common import BY_SIGN, differentiable, entries, evaluation_spec, laid_out, valid_part
+from ..plan import NoPlan, Plan, plan
+
+__all__ = ["CONFIG", "Config", "Cut", "cut", "interpreting", "normalize", "prepare"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How work is cut for a GPU. Estimates from the sizes of registers and caches: none was measured.
+
+    Arguments:
+        tile: values of a tile that is one of several; 16 KB in float32.
+        row: values of a tile that holds whole rows; 64 KB in float32, spread over 16 warps' registers.
+        lines: neighbouring statistics of a tile where they, not the reduced values, are contiguous: 128 bytes.
+        waves: programs for every processor that a launch should have, so that none idles at its end.
+        splits: most shares of one statistic; whoever merges them reads that many parts.
+    """
+
+    tile: int = 4096
+    row: int = 16384
+    lines: int = 32
+    waves: int = 4
+    splits: int = 64
+
+
+CONFIG = Config()
+_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one call runs: the plan, tiles of BK kept by BR reduced values, and shares of each statistic."""
+
+    plan: Plan
+    R: int
+    Q: int  # statistics
+    stored: int  # statistics that the kernels are given or leave
+    by_r: bool  # a parameter for every element of a row
+    one: bool  # a tile holds whole statistics
+    BK: int
+    BR: int
+    splits: int
+    chunk: int
+    sub: tuple[int, int, int, int, int, int]  # backward sums by parameter: K, B, R, BK, BR, chunk
+    sub_splits: int
+    rows: tuple[int, int, int, int]  # backward of rows: BK, BR, columns, rows of a program
+    warps: int
+    compute: torch.dtype
+    running: int
+    merged: bool
+    scattered: bool
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels on the CPU (it decides when it is imported)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _kernels() -> Any:
+    """The kernels' module, imported at first use, as Triton is."""
+    if interpreting():
+        # Triton 3.6 turns its one-element arrays into loop bounds by int(), which NumPy 2.4 refuses
+        from triton.runtime import interpreter
+
+        def patched(tensor: Any, scope: Any, patch: Any = interpreter._patch_lang_tensor) -> None:
+            patch(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+        interpreter._patch_lang_tensor = patched
+    from . import kernels
+
+    return kernels
+
+
+@cache
+def _missing() -> str | None:
+    return None if find_spec("triton") else "triton is not installed; it comes with the CUDA builds of torch"
+
+
+def _parts(n: int, size: int) -> int:
+    return (n + size - 1) // size
+
+
+def _power(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@lru_cache(maxsize=4096)
+def cut(
+    spec: NormSpec, use_batch: bool, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype,
+    processors: int, config: Config,
+) -> Cut | str:  # fmt: skip
+    """The cut, or a sentence that says why there is none."""
+    try:
+        p = plan(spec if use_batch else evaluation_spec(spec), shape, strides)
+    except NoPlan as reason:
+        return str(reason)
+    by_r = p.by_a or (p.A == 1 and p.S == 1 and p.P > 1)
+    if by_r and not use_batch:
+        return "running statistics with a parameter for every element of a row have no kernel"
+    if p.by_a and p.B > 1:
+        return "contiguous values per statistic with a parameter for every outer place have no kernel"
+    R, Q = p.A * p.B, p.O * p.K
+    target = config.waves * processors
+
+    def tiles(K: int, B: int, R: int) -> tuple[int, int, int, int, bool]:
+        """BK, BR, shares, values of a share, and whether a tile holds whole statistics."""
+        BK = min(_power(K), config.lines) if config.lines > B and K > 1 and p.A > 1 else 1
+        one = BK * _power(R) <= config.row
+        BR = _power(R) if one else max(1, config.tile // BK)
+        if one and BK == 1:
+            BK = max(1, min(_power(K), config.tile // 4 // BR))
+        programs = p.O * _parts(K, BK)
+        shares = 1 if one else max(1, min(_parts(R, BR), target // programs, config.splits))
+        chunk = _parts(_parts(R, BR), shares) * BR
+        return BK, BR, _parts(R, chunk), chunk, one
+
+    BK, BR, splits, chunk, one = tiles(p.K, p.B, R)
+    P = 1 if by_r else p.P
+    sub_K, sub_B = p.K * P, p.S if P > 1 else p.B
+    sub_BK, sub_BR, sub_splits, sub_chunk, _ = tiles(sub_K, sub_B, p.A * sub_B)
+    row_BR = _power(R) if _power(R) <= config.row else config.tile
+    row_BK = max(1, min(_power(Q), (config.lines if p.by_a else 1) * max(1, config.tile // 4 // row_BR)))
+    columns = _parts(R, row_BR)
+    per_group = Q // p.G if by_r else Q
+    shares = max(1, min(_parts(per_group, row_BK), target // columns))
+    layout = p.layout
+    kept = [i for i in entries(p) if i in layout.kept and layout.split[i] != 1]
+    merged = bool(spec.running) and any(layout.split[i] > 1 for i in layout.merged)
+    return Cut(
+        plan=p,
+        R=R,
+        Q=Q,
+        stored=Q if use_batch else p.K,
+        by_r=by_r,
+        one=one,
+        BK=BK,
+        BR=BR,
+        splits=splits,
+        chunk=chunk,
+        sub=(sub_K, sub_B, p.A * sub_B, sub_BK, sub_BR, sub_chunk),
+        sub_splits=sub_splits,
+        rows=(row_BK, row_BR, columns, _parts(_parts(per_group, row_BK), shares) * row_BK),
+        warps=min(16, max(4, BK * BR // 1024)),
+        compute=torch.float64 if dtype == torch.float64 else torch.float32,
+        running=math.prod(layout.running_shape),
+        merged=merged,
+        scattered=kept != sorted(kept) or (p.O > 1 and not merged),
+    )
+
+
+def prepare(call: Call, demanded: bool) -> Cut | str:
+    """The cut for this call, or a sentence that says why these kernels do not run it."""
+    x = call.x
+    if (missing := _missing()) is not None:
+        return missing
+    if not x.is_cuda and not (x.is_cpu and interpreting()):
+        return f"the input is on {x.device}, and only TRITON_INTERPRET=1 runs these kernels without a GPU"
+    if not demanded:
+        return "no GPU has timed these kernels against torch's yet; nw.use('triton') demands them"
+    if x.dtype not in _TYPES:
+        return f"there is no kernel for {x.dtype}"
+    if torch.compiler.is_compiling():
+        return "torch.compile makes kernels of its own from torch's operators"
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        return f"the input is a {type(x).__name__}, not a plain tensor"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "a function transform or forward-mode differentiation is active"
+    if torch._C._is_tracing():
+        return "torch.jit.trace records torch's own operators"
+    if torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode is active"
+    if call.residual is not None and call.residual.dtype != x.dtype:
+        return f"the residual is {call.residual.dtype} and the input {x.dtype}"
+    if not x.numel():
+        return "the input is empty"
+    found = cut(call.spec, call.use_batch_stats, x.shape, x.stride(), x.dtype, _processors(x.device), CONFIG)
+    if not isinstance(found, str) and call.running_var is not None:
+        if found.scattered:
+            return "running statistics whose axes lie apart or in another order in memory have no kernel"
+        if found.merged and call.mask is not None and call.use_batch_stats:
+            return "running statistics averaged over samples, with a mask, have no kernel"
+    return found
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _on(x: Tensor) -> Any:
+    """Triton launches on the current device, and on its current stream."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _compute_type(found: Cut) -> Any:
+    import triton.language as tl
+
+    return tl.float64 if found.compute == torch.float64 else tl.float32
+
+
+def normalize(call: Call, found: Cut) -> Tensor:
+    """`act(norm(x) · weight + bias + residual)` by Triton kernels; arguments as in `functional.normalize`."""
+    x, residual = call.x, call.residual
+    check_sizes(call, found.plan.parameters, found.running)
+    if found.plan.copy:
+        x = x.contiguous()
+    weight, bias = (None if t is None else t.to(found.compute).contiguous() for t in (call.weight, call.bias))
+    if residual is not None:
+        residual = laid_out(residual, x)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
+        return _Normalize.apply(x, weight, bias, residual, call, found)  # type: ignore[return-value]
+    return _forward(x, weight, bias, residual, call, found)[0]
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call, found: Cut
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output; means, biased variances and counts; and the mask, a byte an element in the order of memory."""
+    kernels = _kernels()
+    spec, p = call.spec, found.plan
+    y = torch.empty_like(x)
+    flags = None if call.mask is None else _flags(found, call.mask)
+    moves = call.use_batch_stats and call.running_var is not None and not found.merged
+    mean, var = (_computed(t, found.compute) if moves else None for t in (call.running_mean, call.running_var))
+    if call.use_batch_stats:
+        statistics = x.new_empty((3, found.Q), dtype=torch.float64)
+    else:
+        statistics = native.batch_statistics(call, p.layout)
+    nest = (p.A, p.K, p.B, found.R)
+    # rows number their parameters by r
+    parameters = (p.G, found.R, 1) if found.by_r else (p.G, p.P, p.S)
+    common: dict[str, Any] = {
+        "CENTER": spec.center, "MOVES": moves, "W": weight is not None, "BIAS": bias is not None,
+        "RESIDUAL": residual is not None, "BY_R": found.by_r, "ACT": call.act or "none", "MASKED": flags is not None,
+        "COMPUTE": _compute_type(found), "BK": found.BK, "BR": found.BR, "num_warps": found.warps,
+    }  # fmt: skip
+    programs = p.O * _parts(p.K, found.BK)
+    with _on(x):
+        if call.use_batch_stats and found.splits == 1:
+            kernels.forward[(programs,)](
+                x, flags, y, weight, bias, residual, statistics, mean, var, *nest, *parameters, found.Q,
+                call.eps, call.new_weight, ONE=found.one, **common,
+            )  # fmt: skip
+        else:
+            parts = None
+            if call.use_batch_stats:
+                parts = x.new_empty((3, found.splits, found.Q), dtype=torch.float64)
+                kernels.partials[(programs, found.splits)](
+                    x, flags, parts, *nest, found.chunk, found.Q, CENTER=spec.center, MASKED=flags is not None,
+                    COMPUTE=common["COMPUTE"], BK=found.BK, BR=found.BR, num_warps=found.warps,
+                )  # fmt: skip
+            kernels.apply[(programs, found.splits)](
+                x, flags, y, weight, bias, residual, parts, statistics, mean, var, *nest, *parameters, found.Q,
+                found.stored, found.splits, found.chunk, call.eps, call.new_weight,
+                GIVEN=not call.use_batch_stats, **common,
+            )  # fmt: skip
+    if moves:
+        for buffer, new in ((call.running_mean, mean), (call.running_var, var)):
+            if buffer is not None and new is not buffer:
+                with torch.no_grad():
+                    buffer.copy_(new)  # type: ignore[arg-type]
+            elif buffer is not None and not buffer.is_inference():
+                torch.autograd.graph.increment_version(buffer)
+    elif call.use_batch_stats and call.running_var is not None:
+        layout = p.layout
+        batch_mean, batch_var = statistics[:2].view(2, *layout.stat_shape).unbind()
+        with torch.no_grad():
+            native.update_running(
+                layout, call.running_mean, call.running_var, batch_mean if spec.center else None, batch_var,
+                layout.count, call.new_weight,
+            )  # fmt: skip
+    return y, statistics, flags
+
+
+def _computed(buffer: Tensor | None, compute: torch.dtype) -> Tensor | None:
+    """The buffer itself where a kernel can write it, else a copy, to be copied back."""
+    if buffer is None or (buffer.dtype == compute and buffer.is_contiguous()):
+        return buffer
+    return buffer.to(compute).contiguous()
+
+
+def _flags(found: Cut, mask: Tensor) -> Tensor:
+    layout = found.plan.layout
+    full = mask.reshape(layout.mask_view(tuple(mask.shape))).expand(layout.split)
+    return full.permute(entries(found.plan)).contiguous().view(torch.uint8)
+
+
+class _Normalize(torch.autograd.Function):
+    """Autograd's view of the kernels: x, mean and variance are saved, the activation is recomputed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, call: Call, found: Cut) -> Tensor:
+        y, statistics, flags = _forward(x, weight, bias, residual, call, found)
+        # the sign of y says all that relu's slope needs; other slopes need the residual itself
+        extra = None if residual is None or call.act is None else y if call.act in BY_SIGN else residual
+        ctx.save_for_backward(x, weight, bias, extra, statistics, flags)
+        # not the call itself: it would keep alive what autograd frees
+        ctx.rest = (call.spec, call.use_batch_stats, call.eps, call.act, call.mask, call.running_mean, call.running_var)
+        ctx.found, ctx.has_residual = found, residual is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            layout = ctx.found.plan.layout
+            found = differentiable(ctx.rest, layout, ctx.needs_input_grad, ctx.has_residual, dy, *ctx.saved_tensors)
+        else:
+            found = _backward(ctx.rest, ctx.found, ctx.needs_input_grad, ctx.has_residual, dy, *ctx.saved_tensors)
+        return (*found, None, None)
+
+
+def _backward(
+    rest: tuple, found: Cut, need: tuple[bool, ...], has_residual: bool, dy: Tensor, x: Tensor,
+    weight: Tensor | None, bias: Tensor | None, extra: Tensor | None, statistics: Tensor, flags: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of x, weight, bias and residual by the kernels."""
+    kernels = _kernels()
+    spec, use_batch, eps, act, mask, _, _ = rest
+    p = found.plan
+    dy = laid_out(dy, x)
+    dx = torch.empty_like(x)
+    dresidual = torch.empty_like(x) if extra is not None else None
+    kept = "none" if extra is None else "y" if act in BY_SIGN else "residual"
+    common: dict[str, Any] = {
+        "W": weight is not None, "BIAS": bias is not None, "EXTRA": kept, "ACT": act or "none",
+        "MASKED": flags is not None, "COMPUTE": _compute_type(found),
+    }  # fmt: skip
+    tensors = (x, flags, dy, extra, weight, bias, statistics)
+    with _on(x):
+        if found.by_r:
+            BK, BR, columns, rows = found.rows
+            per_group = found.Q // p.G
+            shares = _parts(per_group, rows)
+            sums = None
+            if columns > 1:
+                sums = x.new_empty((2, found.Q), dtype=found.compute)
+                kernels.backward_row_sums[(p.O * _parts(p.K, found.BK),)](
+                    *tensors, sums, p.A, p.K, p.B, found.R, p.G, found.Q, eps,
+                    BK=found.BK, BR=found.BR, num_warps=found.warps, **common,
+                )  # fmt: skip
+            parameters = x.new_empty((2, shares, p.G * found.R), dtype=found.compute)
+            kernels.backward_rows[(shares, columns, p.G)](
+                *tensors, sums, dx, dresidual, parameters, p.A, p.K, p.B, found.R, p.G, found.Q, rows, eps,
+                KNOWN=columns > 1, CENTER=spec.center, DRESIDUAL=dresidual is not None, BK=BK, BR=BR,
+                num_warps=min(16, max(4, BK * BR // 1024)), **common,
+            )  # fmt: skip
+            dbias, dweight = parameters.sum(1).unbind()
+        else:
+            K, B, R, BK, BR, chunk = found.sub
+            sums = x.new_empty((2, found.sub_splits, p.O * K), dtype=found.compute)
+            kernels.backward_partials[(p.O * _parts(K, BK), found.sub_splits)](
+                *tensors, sums, p.A, K, B, R, p.G, p.P, found.stored, chunk, p.O * K, eps,
+                BK=BK, BR=BR, num_warps=min(16, max(4, BK * BR // 1024)), **common,
+            )  # fmt: skip
+            kernels.backward_apply[(p.O * _parts(p.K, found.BK), found.splits)](
+                *tensors, sums, dx, dresidual, p.A, p.K, p.B, found.R, p.G, p.P, p.S, found.Q, found.stored,
+                found.sub_splits, found.chunk, eps,
+                BATCH=use_batch, CENTER=spec.center, DRESIDUAL=dresidual is not None, BY_R=False,
+                BK=found.BK, BR=found.BR, num_warps=found.warps, **common,
+            )  # fmt: skip
+            # (splits, O, K / G) times G·P: what shares a parameter
+            dbias, dweight = sums.view(2, -1, p.G * p.P).sum(1).unbind()
+    if has_residual and dresidual is None and need[3]:
+        dresidual = dy if mask is None else valid_part(dy, p.layout, mask)
+    return (
+        dx if need[0] else None,
+        None if weight is None or not need[1] else dweight.reshape(weight.shape),
+        None if bias is None or not need[2] else dbias.reshape(bias.shape),
+        dresidual if need[3] else None,
+    )

@@ -1,0 +1,221 @@
+"""The Triton kernels, interpreted on the CPU, against the NumPy reference in float64, at the places of the CPU kernels.
+
+The interpreter runs one program after another, so every kernel, index and mask is proved here; what a GPU makes of them
+is not. Each place runs with tiles as on a GPU, where most fit one, and with tiny ones, which cut every loop and share.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from test_cpu import BN, LN, PLACES, buffers_of, lay, maskable, statistic_of
+from test_functional import Problem
+from tolerances import assert_close
+
+import normwright as nw
+from normwright import reference
+from normwright.functional import ACTIVATIONS
+from normwright.kernels import triton
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    not (triton.interpreting() or torch.cuda.is_available()), reason="needs a GPU or TRITON_INTERPRET=1"
+)
+DEVICE = "cpu" if triton.interpreting() else "cuda"
+SMALL = triton.Config(tile=64, row=32, lines=8, waves=4, splits=3)
+CONFIGS = {"as-is": triton.CONFIG, "small": SMALL}
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+VARIANTS = [
+    (F32, None, False, False),
+    (F32, "relu", True, False),
+    (F32, "sigmoid", False, True),
+    (F64, "tanh", True, True),
+    (F64, "gelu", False, False),
+    (BF16, "silu", True, False),
+    (BF16, "relu", False, True),
+    (F16, "leaky_relu", True, True),
+    (F16, None, True, False),
+]
+
+
+def name_of(variant):
+    dtype, act, residual, mask = variant
+    return f"{str(dtype)[6:]}-{act}{'-residual' * residual}{'-mask' * mask}"
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request, monkeypatch):
+    monkeypatch.setattr(triton, "CONFIG", CONFIGS[request.param])
+    return CONFIGS[request.param]
+
+
+def cut(place, x, evaluate=False):
+    return triton.cut(place.spec, not evaluate, x.shape, x.stride(), x.dtype, 2, triton.CONFIG)
+
+
+def problem_at(place, dtype, act=None, residual=False, mask=0, **more):
+    param = F64 if dtype == F64 else F32
+    p = Problem(place.spec, place.shape, dtype, param=param, act=act, residual=residual, mask=mask, **more)
+    for name in ("x", "dy"):
+        setattr(p, name, lay(getattr(p, name), place.layout))
+    return p
+
+
+def check(p, place, dtype, masked):
+    """Output, gradients, running statistics; and evaluation by running statistics where that has kernels."""
+    spec = place.spec
+    with nw.use("triton"):
+        if not spec.running or (masked and p.layout.merged):
+            p.check(dtype)
+            return
+        buffers = buffers_of(p, spec.center)
+        old = {name: value.clone() for name, value in buffers.items()}
+        p.check(dtype, new_weight=0.3, **buffers)
+        _, cache = p.reference(new_weight=0.3, **{name: p.numpy(value) for name, value in old.items()})
+        for name, value in buffers.items():
+            condition = max(1.0, np.abs(cache.mean * cache.r).max(initial=0.0)) if name == "running_mean" else 1.0
+            assert_close(value, getattr(cache, name), p.layout.count, condition=condition, scale=0.7, what=name)
+            assert not torch.equal(value, old[name])
+        if isinstance(cut(place, p.x, evaluate=True), triton.Cut):
+            moved = {name: value.clone() for name, value in buffers.items()}
+            p.check(dtype, use_batch_stats=False, **moved)
+            assert all(torch.equal(moved[name], buffers[name]) for name in moved)
+
+
+def test_the_places_reach_every_cut(config):
+    found = [cut(place, lay(torch.empty(place.shape), place.layout)) for place in PLACES]
+    assert all(isinstance(f, triton.Cut) for f in found)
+    if config is SMALL:
+        assert {(f.one, f.splits > 1) for f in found} == {(True, False), (False, False), (False, True)}
+        assert {f.rows[2] > 1 for f in found if f.by_r} == {True, False}
+        assert {f.sub_splits > 1 for f in found if not f.by_r} == {True, False}
+        assert {f.BK > 1 for f in found} == {True, False}
+        assert any(f.plan.P > 1 and f.splits > 1 for f in found if not f.by_r)
+    for f in found:
+        assert (f.splits - 1) * f.chunk < f.R <= f.splits * f.chunk
+        assert f.chunk % f.BR == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+def test_variants(variant, config):
+    dtype, act, residual, masked = variant
+    for place in PLACES:
+        if maskable(place, masked):
+            p = problem_at(place, dtype, act, residual, 9 if masked else 0)
+            try:
+                check(p, place, dtype, masked)
+            except AssertionError as error:
+                raise AssertionError(f"{place}: {error}") from error
+
+
+QUICK = [
+    place
+    for _, group in itertools.groupby(sorted(PLACES, key=lambda p: (p.row, p.layout)), key=lambda p: (p.row, p.layout))
+    for place in [min(group, key=lambda p: int(np.prod(p.shape)))]
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", [None, *ACTIVATIONS])
+def test_every_row_and_activation(act, config):
+    for place in QUICK:
+        check(problem_at(place, F32, act, residual=act in ("gelu", "relu", None)), place, F32, False)
+
+
+@pytest.mark.parametrize("place", QUICK, ids=str)
+def test_large_mean(place, config):
+    """At mean 3000 and deviation 1 a variance in one pass of float32 is off by a factor of three."""
+    check(problem_at(place, F32, mean=3000.0, deviation=1.0), place, F32, False)
+
+
+@pytest.mark.parametrize("place", QUICK, ids=str)
+def test_a_large_mean_costs_no_precision(place, config):
+    """What a mean of 3000 loses by rounding to float32 is put back: the tolerance without a condition holds."""
+    p = problem_at(place, F32, mean=3000.0, deviation=1.0)
+    leaves = p.leaves()
+    with nw.use("triton"):
+        y = p.run(leaves)
+        dx = torch.autograd.grad(y, leaves["dx"], p.dy)[0]
+    truth, cache = p.reference()
+    assert_close(y, truth, p.layout.count, scale=1.0, what="y")
+    rstd = float(cache.r.max())
+    assert_close(dx, reference.backward(p.numpy(p.dy), cache)["dx"], p.layout.count, scale=4.0 * rstd, what="dx")
+
+
+def test_one_bad_value_spoils_its_own_statistic_only(config):
+    for place in QUICK:
+        p = problem_at(place, F32, mean=1.0)
+        statistic = statistic_of(p)
+        index = tuple(0 for _ in place.shape)
+        p.x[index] = float("nan")
+        with nw.use("triton"):
+            y = nw.normalize(p.x, p.spec, p.weight, p.bias)
+        assert torch.equal(y.isnan(), statistic == statistic[index]), place
+
+
+def test_double_backward_is_the_formulas(config):
+    x = torch.randn(4, 3, 5, dtype=F64, requires_grad=True)
+    weight = torch.randn(3, dtype=F64, requires_grad=True)
+    with nw.use("triton"):
+        assert torch.autograd.gradgradcheck(
+            lambda x, w: nw.normalize(x, BN, w, None, act="tanh"), (x, weight), atol=1e-7
+        )
+
+
+def test_results_are_the_same_from_run_to_run():
+    x = torch.randn(6, 4, 9, 9, requires_grad=True)
+    weight = torch.randn(4, requires_grad=True)
+    found = []
+    for _ in range(2):
+        with nw.use("triton"):
+            y = nw.normalize(x, BN, weight, None)
+            found.append((y.detach(), *torch.autograd.grad(y, (x, weight), torch.ones_like(y).cumsum(1))))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_offsets_beyond_two_to_the_31(config):
+    """The place of the last value of a (2, 2**16, 2**16) tensor, by the kernels' own arithmetic."""
+    import triton as compiler
+    import triton.language as tl
+
+    triton._kernels()
+    from normwright.kernels.triton import kernels
+
+    @compiler.jit
+    def last(out, A, K, B, inner: tl.constexpr):
+        k = tl.full([1, 1], 0, tl.int32) + K - 1
+        r = tl.full([1, 1], 0, tl.int32) + A * B - 1
+        o = (tl.program_id(0) + 1).to(tl.int64)
+        tl.store(out + tl.zeros([1, 1], tl.int32), inner(o, k, r, A, K, B))
+
+    out = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    last[(1,)](out, 4, 2**16, 2**14, kernels._offsets)
+    assert int(out) == 2 * 4 * 2**16 * 2**14 - 1
+
+
+def test_where_the_kernels_do_not_run_is_a_sentence():
+    x = torch.randn(4, 3, 5, device=DEVICE)
+    layer = nw.BatchNorm1d(3).to(DEVICE)
+    choice = nw.explain(layer, x).choices[0]
+    assert choice.kernel != "triton"
+    if choice.kernel == "native":  # the CPU kernels come first where they run
+        assert "no GPU has timed these kernels" in choice.refused["triton"]
+    with nw.use("triton"):
+        assert nw.explain(layer, x).kernel == "triton"
+        with pytest.raises(RuntimeError, match=r"'triton' was demanded .*there is no kernel for torch.float8"):
+            nw.normalize(x.to(torch.float8_e4m3fn), LN, None, None)
+        with pytest.raises(RuntimeError, match="the input is empty"):
+            nw.normalize(x[:0], BN, None, None)
+
+
+def test_without_the_interpreter_the_cpu_is_refused(monkeypatch):
+    monkeypatch.setattr(triton, "interpreting", lambda: False)
+    with nw.use("triton"), pytest.raises(RuntimeError, match="only TRITON_INTERPRET=1 runs these kernels"):
+        nw.normalize(torch.randn(4, 3), LN, None, None)
+    monkeypatch.setattr(triton, "_missing", lambda: "triton is not installed")
+    with nw.use("triton"), pytest.raises(RuntimeError, match="triton is not installed"):
+        nw.normalize(torch.randn(4, 3), LN, None, None)
