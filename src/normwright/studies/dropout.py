@@ -144,7 +144,10 @@ STUDY = Study(
     fixed={"epochs": 10, "batch_size": 64, "optimizer": "sgd", "momentum": 0.9, "p": 0.5},
     nuisance={"lr": 0.05},
     seeds=10,
-    by_data={"cifar10-jpeg": {"train_images": 5120, "batch_size": 64, "epochs": 8, "seeds": 5}},
+    by_data={
+        "digits": {"batch_size": 32, "seeds": 6},
+        "cifar10-jpeg": {"train_images": 5120, "epochs": 8, "seeds": 5},
+    },
     metrics=(
         *EVALUATIONS,
         Metric("shift", "shift of variance between training and evaluation (ratio)", "number", "lower"),
