@@ -96,7 +96,7 @@ class Page:
 
     @property
     def series(self) -> list[str]:
-        return list(dict.fromkeys(arm.get("series") for arm in self.arms if arm.get("series")))
+        return list(dict.fromkeys(arm["series"] for arm in self.arms if arm.get("series")))
 
     @property
     def axis(self) -> Metric | None:
@@ -160,7 +160,7 @@ def _deviation(values: Sequence[float], mean: float) -> float:
 
 
 def results(runs: Iterable[Run], arm: str, metric: str) -> dict[int, float]:
-    """The last value of `metric` by seed, for the runs of an arm that finished; values that are not finite are left out."""
+    """The last value of `metric` by seed, for the runs of an arm that finished; without values that are not finite."""
     return {
         run.seed: float(run.results[metric])
         for run in runs
@@ -272,9 +272,10 @@ def _verdicts(
         other = dict.fromkeys(one, float(second)) if len(sides) == 1 else values(*second)
         kept.append(contrast)
         differences.append(stats.paired(one, other))
-    found = [
-        stats.verdict(list(each.values()), contrast["least"]) for contrast, each in zip(kept, differences, strict=True)
-    ]
+    family = [(list(each.values()), contrast["least"]) for contrast, each in zip(kept, differences, strict=True)]
+    # Where the contrast that decides is missing, none of the others may take its place.
+    missing = [] if kept and kept[0] == contrasts[0] else [([], 0.0)]
+    found = stats.verdicts([*missing, *family])[len(missing) :]
     return tuple(zip(kept, found, (tuple(each) for each in differences), strict=True))
 
 
@@ -310,6 +311,10 @@ def summary(page: Page) -> dict[str, Any]:
                 "reason": verdict.reason,
                 "effect": verdict.effect,
                 "interval": bounds(verdict.interval),
+                "p": verdict.p,
+                "p_holm": verdict.p_holm,
+                "improvement": verdict.improvement,
+                "detectable": verdict.detectable,
                 "n": verdict.n,
                 "by_seed": {str(seed): d for seed, d in zip(seeds, verdict.differences, strict=True)},
             }
@@ -324,6 +329,8 @@ def summary(page: Page) -> dict[str, Any]:
                 "n": len(row.values),
                 "mean": row.summary.mean if row.summary else None,
                 "sd": row.summary.sd if row.summary else None,
+                "median": row.summary.median if row.summary else None,
+                "iqm": row.summary.iqm if row.summary else None,
                 "interval": bounds(row.summary.interval) if row.summary else None,
                 "by_seed": {str(seed): value for seed, value in row.values.items()},
             }

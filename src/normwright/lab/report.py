@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from . import stats
 from .analysis import Page, Row, collect, results, summary
@@ -31,6 +32,7 @@ SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "hexag
 DASHES = ("solid", "dash", "dot", "dashdot")
 CROWD = 6  # arms; with more of them, curves show their means alone until one is picked
 LIMIT = 6_000_000  # bytes of a page
+DECADES = {"exponentformat": "power", "minexponent": 4}  # ticks of a logarithmic axis: 0.01, but 10⁻⁵
 
 
 @dataclass(frozen=True)
@@ -64,19 +66,24 @@ def written(value: float, decimals: int | None = 3, signed: bool = False) -> str
     return text.replace("-", "−")
 
 
+def written_short(value: float) -> str:
+    """A number that somebody chose, without more digits than it has."""
+    return f"{value:g}".replace("-", "−")
+
+
 def points(value: float) -> str:
     """A difference of shares in percentage points, signed, with a true minus; 0.0 has no sign."""
     return written(100 * value, 1, signed=True)
 
 
 def decimals(values: Iterable[float]) -> int | None:
-    """Decimals that give the largest of `values` four digits; None where one number of them cannot serve them all."""
+    """Decimals, three at most, that give the largest of `values` four digits; None where no number serves all."""
     sizes = [abs(v) for v in values if v]
     if not sizes:
         return 3
-    if max(sizes) >= 1e5 or max(sizes) < 1e-2 or max(sizes) / sorted(sizes)[len(sizes) // 4] > 1e3:
+    if max(sizes) >= 1e5 or max(sizes) < 1e-2 or max(sizes) / min(sizes) > 1e2:
         return None
-    return max(0, 3 - math.floor(math.log10(max(sizes))))
+    return max(0, 3 - max(0, math.floor(math.log10(max(sizes)))))
 
 
 def effect(value: float, metric: Metric) -> str:
@@ -85,7 +92,7 @@ def effect(value: float, metric: Metric) -> str:
 
 
 def unit(metric: Metric) -> str:
-    return "points" if metric.form == "share" else ""
+    return "points" if metric.form == "share" else f"in {metric.label}"
 
 
 def _wrap(text: str, width: int = 26) -> str:
@@ -132,7 +139,9 @@ def _dots(lanes: Sequence[Lane], form: str, spread: float) -> list[dict[str, Any
             dots["text"].append(f"{lane.name}, seed {seed}")
             dots["color"].append(lane.colour)
             dots["symbol"].append(lane.symbol)
-    marker = {"color": dots["color"], "symbol": dots["symbol"], "size": 8 if len(lanes) < 12 else 6, "opacity": 0.5}
+    outline = {"width": [int("open" in symbol) for symbol in dots["symbol"]], "color": dots["color"]}
+    marker = {"color": dots["color"], "symbol": dots["symbol"], "opacity": 0.5, "line": outline}
+    marker["size"] = 8 if len(lanes) < 12 else 6
     traces: list[dict[str, Any]] = [
         {
             "type": "scatter",
@@ -141,20 +150,23 @@ def _dots(lanes: Sequence[Lane], form: str, spread: float) -> list[dict[str, Any
             "y": dots["y"],
             "text": dots["text"],
             "hovertemplate": f"%{{text}}: %{{x:{form}}}<extra></extra>",
-            "marker": {**marker, "line": {"width": [int("open" in symbol) for symbol in dots["symbol"]], "color": dots["color"]}},
+            "marker": {
+                **marker,
+                "line": {"width": [int("open" in symbol) for symbol in dots["symbol"]], "color": dots["color"]},
+            },
         }
     ]
     for colour in dict.fromkeys(lane.colour for lane in lanes):
-        own = [lane for lane in lanes if lane.colour == colour and lane.middle is not None]
+        own = [(lane, lane.middle) for lane in lanes if lane.colour == colour and lane.middle is not None]
         if not own:
             continue
         traces.append(
             {
                 "type": "scatter",
                 "mode": "markers",
-                "x": [lane.middle for lane in own],
-                "y": [-lane.at for lane in own],
-                "text": [f"{lane.name}, mean of {len(lane.values)}" for lane in own],
+                "x": [middle for _, middle in own],
+                "y": [-lane.at for lane, _ in own],
+                "text": [f"{lane.name}, mean of {len(lane.values)}" for lane, _ in own],
                 "hovertemplate": f"%{{text}}: %{{x:{form}}}<extra></extra>",
                 "marker": {
                     "color": colour,
@@ -165,8 +177,8 @@ def _dots(lanes: Sequence[Lane], form: str, spread: float) -> list[dict[str, Any
                 "error_x": {
                     "type": "data",
                     "symmetric": False,
-                    "array": [lane.interval[1] - lane.middle if lane.interval else None for lane in own],
-                    "arrayminus": [lane.middle - lane.interval[0] if lane.interval else None for lane in own],
+                    "array": [lane.interval[1] - middle if lane.interval else None for lane, middle in own],
+                    "arrayminus": [middle - lane.interval[0] if lane.interval else None for lane, middle in own],
                     "color": colour,
                     "thickness": 2.5,
                     "width": 0,
@@ -179,7 +191,7 @@ def _dots(lanes: Sequence[Lane], form: str, spread: float) -> list[dict[str, Any
 def _rows_layout(names: Sequence[str], title: str, row_height: float = 0, **xaxis: Any) -> dict[str, Any]:
     """`meta.rows`: on a narrow screen the page writes the names above their rows instead of beside them."""
     # Many rows take longer lines, so that all of them are seen together.
-    width = 30 if len(names) <= CROWD else 44
+    width = 30 if len(names) <= CROWD else 50
     labels = [_wrap(name, width) for name in names]
     lines = max(label.count("<br>") + 1 for label in labels)
     row_height = max(row_height, 17 * lines + 12, 56 if len(names) <= CROWD else 0)
@@ -194,32 +206,40 @@ def _rows_layout(names: Sequence[str], title: str, row_height: float = 0, **xaxi
             "range": [0.55 - len(names), 0.5],
             "showgrid": False,
         },
-        "meta": {"rows": [_escape(name) for name in names]},
+        "meta": {"rows": [_wrap(name, 46) for name in names], "line": row_height},
     }
 
 
 def _axis_of(metric: Metric, values: Iterable[float] = ()) -> dict[str, Any]:
-    """Tick format of a metric, logarithmic where positive values span more than three decades."""
+    """Tick format of a metric, logarithmic where positive values span more than two decades."""
     if metric.form == "share":
         return {"tickformat": ".2~f"}
     sizes = list(values)
-    if sizes and min(sizes) > 0 and max(sizes) / min(sizes) > 1e3:
-        return {"type": "log", "exponentformat": "power"}
+    if sizes and min(sizes) > 0 and max(sizes) / min(sizes) > 1e2:
+        return {"type": "log", **DECADES}
     return {"exponentformat": "power"}
 
 
+def _style(page: Page, name: str) -> tuple[int, int]:
+    """The number of a colour, and how often colours have come round: series have a colour each, their arms share it."""
+    arms = {arm["name"]: arm.get("series") or arm["name"] for arm in page.arms}
+    keys = list(dict.fromkeys([*page.series, *arms.values(), *page.labels]))
+    key = arms.get(name, name)
+    alike = [arm for arm, own in arms.items() if own == key and own != arm]
+    i = keys.index(key)
+    return i, alike.index(name) if name in alike else i // COLOURS
+
+
 def _colour(page: Page, name: str) -> str:
-    return arm_colour(list(page.labels).index(name))
+    return arm_colour(_style(page, name)[0])
 
 
 def _symbol(page: Page, name: str) -> str:
-    i = list(page.labels).index(name)
-    # After eight arms colours come again, with other symbols and dashes.
-    return SYMBOLS[(i + i // COLOURS) % len(SYMBOLS)]
+    return SYMBOLS[sum(_style(page, name)) % len(SYMBOLS)]
 
 
 def _dash(page: Page, name: str) -> str:
-    return DASHES[list(page.labels).index(name) // COLOURS % len(DASHES)]
+    return DASHES[_style(page, name)[1] % len(DASHES)]
 
 
 def _contrast_figures(page: Page) -> list[dict[str, Any]]:
@@ -258,18 +278,19 @@ def _contrast_figures(page: Page) -> list[dict[str, Any]]:
             }
             for at, (c, _, _) in enumerate(verdicts)
         ]  # fmt: skip
-        caption = (
-            "Paired by seed: each dot one seed, the bar the mean with its interval. Right of zero the first named is "
-            "larger; the dotted line is the least difference that counts."
-        )
         found.append(
             {
                 "traces": _dots(lanes, "+.2f" if not name else "+.4~g", 0.32),
                 "layout": layout,
-                "caption": caption,
+                "caption": "",
                 "label": f"Paired differences for each contrast ({title}), one dot a seed, with mean and interval. "
                 "The table of contrasts holds the same numbers.",
             }
+        )
+    if found:
+        found[-1]["caption"] = (
+            "Paired by seed: each dot one seed, the bar the mean with its interval. Right of zero the first named is "
+            "larger; the dotted line is the least difference that counts."
         )
     return found
 
@@ -357,27 +378,31 @@ def _axis_figures(page: Page) -> list[dict[str, Any]]:
                 low = [max(a, m / 10) for a, m in zip(low, means, strict=True)]  # no logarithm below zero
             dots = [(x, value, seed) for x, row in zip(at, own, strict=True) for seed, value in row.values.items()]
             marks = {"color": colour, "symbol": _symbol(page, series)}
-            common = {"type": "scatter", "legendgroup": series}
+            hover = f"{name}, %{{text}}, {_escape(axis.label)} %{{x:.4~g}}: %{{y:.4~g}}<extra></extra>"
             traces += [
                 {**_band(at, low, high, colour), "meta": {"key": series, "part": "band"}},
                 {
-                    **common, "mode": "markers", "x": [d[0] for d in dots], "y": [d[1] for d in dots],
+                    "type": "scatter", "mode": "markers", "x": [d[0] for d in dots], "y": [d[1] for d in dots],
                     "text": [f"seed {d[2]}" for d in dots], "marker": {**marks, "size": 5}, "opacity": 0.4,
-                    "hovertemplate": f"{name}, %{{text}}, {_escape(axis.label)} %{{x:.4~g}}: %{{y:.4~g}}<extra></extra>",
+                    "hovertemplate": hover,
                     "meta": {"key": series, "part": "seed"},
                 },
                 {
-                    **common, "mode": "lines+markers", "x": at, "y": means, "name": name,
-                    "line": {"color": colour, "width": 2.5, "dash": _dash(page, series)}, "marker": {**marks, "size": 7},
+                    "type": "scatter", "mode": "lines+markers", "x": at, "y": means, "name": name,
+                    "line": {"color": colour, "width": 2.5, "dash": _dash(page, series)},
+                    "marker": {**marks, "size": 7},
                     "text": [f"mean of {len(row.values)}" for row in own],
-                    "hovertemplate": f"{name}, %{{text}}, {_escape(axis.label)} %{{x:.4~g}}: %{{y:.4~g}}<extra></extra>",
+                    "hovertemplate": hover,
                     "meta": {"key": series, "part": "mean"},
                 },
             ]  # fmt: skip
         label = metric.label if page.metrics != EVALUATIONS else f"test accuracy, {metric.label}"
-        xaxis = {"type": "log", "exponentformat": "power"} if page.study.get("axis_log", True) else {}
-        if xaxis and any(row.at is not None and row.at <= 0 for row in rows):
-            xaxis = {}
+        places = sorted({_place(row) for row in rows})
+        # Ticks where something was measured, as far as there is room for them.
+        ticks = _thin(places, 9)
+        xaxis: dict[str, Any] = {"tickmode": "array", "tickvals": ticks, "ticktext": [written_short(v) for v in ticks]}
+        if page.study.get("axis_log", True) and places[0] > 0:
+            xaxis |= {"type": "log"}
         found.append(
             {
                 "traces": traces,
@@ -409,6 +434,7 @@ def _thin(items: Sequence[Any], most: int) -> list[Any]:
 def _curve_figures(page: Page, detail: Detail) -> list[dict[str, Any]]:
     """Curves by epoch: every seed thin, the mean thick, a band of one standard deviation."""
     found = []
+    crowd = len(page.arms) > CROWD
     for metric in page.curve_metrics():
         traces: list[dict[str, Any]] = []
         values: list[float] = []
@@ -456,8 +482,9 @@ def _curve_figures(page: Page, detail: Detail) -> list[dict[str, Any]]:
                 {
                     "type": "scatter", "mode": "lines+markers" if len(at) <= 30 else "lines",
                     "x": [curve.epochs[i] for i in at], "y": [curve.mean[i] for i in at], "name": name,
-                    "text": "mean", "hovertemplate": hover, "line": {"color": colour, "width": 2.5, "dash": dash},
-                    "marker": {**marks, "size": 6}, "meta": {"key": arm, "part": "mean"},
+                    "text": "mean", "hovertemplate": hover,
+                    "line": {"color": colour, "width": 1.7 if crowd else 2.5, "dash": dash},
+                    "marker": {**marks, "size": 5 if crowd else 6}, "meta": {"key": arm, "part": "mean"},
                 }
             )  # fmt: skip
         if not traces:
@@ -468,7 +495,7 @@ def _curve_figures(page: Page, detail: Detail) -> list[dict[str, Any]]:
             label = "test accuracy, as trained"
         positive = metric.form != "share" and bool(values) and min(values) > 0
         logarithmic = positive and (metric.name.endswith("_loss") or max(values) / min(values) > 1e2)
-        yaxis = {"type": "log", "exponentformat": "power"} if logarithmic else _axis_of(metric)
+        yaxis = {"type": "log", **DECADES} if logarithmic else _axis_of(metric)
         found.append(
             {
                 "traces": traces,
@@ -574,12 +601,25 @@ def _published(page: Page) -> tuple[list[Metric], list[dict[str, Any]]]:
     return metrics, rows
 
 
-def _failures(page: Page) -> list[tuple[Run, list[int]]]:
-    """Failures that are alike (arm, status, epoch, words) as one, with their seeds."""
+def _failures(page: Page) -> list[tuple[Run, str, str]]:
+    """Failures that are alike (arm, tuned settings, status, epoch, words) as one, with those settings and seeds."""
     found: dict[Any, tuple[Run, list[int]]] = {}
     for run in page.failures:
-        found.setdefault((run.arm, run.status, run.epochs, run.error), (run, []))[1].append(run.seed)
-    return list(found.values())
+        tuned = tuple((key, str(run.config.get(key))) for key in page.study.get("tune") or ())
+        found.setdefault((tuned, run.arm, run.status, run.epochs, run.error), (run, []))[1].append(run.seed)
+    return [
+        (run, ", ".join(f"{name} {value}" for name, value in key[0]), _seeds(seeds))
+        for key, (run, seeds) in found.items()
+    ]
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    ordered = sorted(seeds)
+    if len(ordered) == 1:
+        return f"seed {ordered[0]}"
+    if len(ordered) > 3 and ordered[-1] - ordered[0] == len(ordered) - 1:
+        return f"seeds {ordered[0]} to {ordered[-1]}"
+    return f"seeds {', '.join(map(str, ordered))}"
 
 
 def _seconds(page: Page, run: Run) -> float:
@@ -594,7 +634,7 @@ def _plotly() -> str:
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
 
 
-def _template(name: str, **values: Any) -> str:
+def _template(file: str, **values: Any) -> str:
     try:
         import jinja2
     except ImportError as error:
@@ -611,8 +651,8 @@ def _template(name: str, **values: Any) -> str:
     )
     # Non-finite numbers are not JSON; figures hold none, and dumps says so if that were to change.
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "sort_keys": False, "separators": (",", ":")}
-    environment.filters |= {"points": points, "written": written, "effect": effect, "unit": unit}
-    return environment.get_template(name).render(**values)
+    environment.filters |= {"written": written, "short": written_short, "effect": effect, "unit": unit}
+    return environment.get_template(file).render(**values)
 
 
 def render(page: Page) -> str:
@@ -636,12 +676,11 @@ def _render(page: Page, plotly: str, detail: Detail) -> str:
     drawn = figures(page, detail)
     plots = [plot for section in drawn.values() for plot in section if "traces" in plot]
     metrics, published = _published(page)
-    arms = page.settings["arms"]
-    varying = [
-        key
-        for key in dict.fromkeys(key for settings in arms.values() for key in settings)
-        if len({repr(settings.get(key)) for settings in arms.values()}) > 1
-    ]
+    arms = {arm["name"]: page.settings["arms"].get(arm["name"], {}) for arm in page.arms}
+    keys = dict.fromkeys(
+        key for settings in arms.values() for key in settings if key not in (page.study.get("tune") or ())
+    )
+    varying = [key for key in keys if len({repr(settings.get(key)) for settings in arms.values()}) > 1]
     run_metrics = [m for m in (page.metric("train_loss"), page.metric("train_acc")) if _any(page, m.name)]
     run_metrics += [m for m in page.metrics if _any(page, m.name)]
     return _template(
@@ -661,9 +700,11 @@ def _render(page: Page, plotly: str, detail: Detail) -> str:
         shown_runs=page.runs[: detail.runs],
         detail=detail,
         seconds={run.id: _seconds(page, run) for run in page.runs},
+        arms=arms,
         varying=varying,
+        common={key: next(iter(arms.values())).get(key) for key in keys if key not in varying},
+        colour={name: _colour(page, name) for name in page.labels},
         evaluations=EVALUATIONS,
-        colours=COLOURS,
         curve_epochs=_curve_table(page),
     )
 
@@ -707,7 +748,74 @@ def _read(folder: Path) -> Page:
 
 def draw(folder: Path) -> Path:
     """Draw `report.html` from `journal.sqlite` in the same folder, and return its path."""
-    page = _read(folder)
     target = folder / "report.html"
-    atomic_write(target, [render(page).encode()])
+    atomic_write(target, [render(_read(folder)).encode()])
     return target
+
+
+def draw_index(folder: Path) -> Path:
+    """Draw the report of every study in the sub-folders of `folder`, and `index.html` that leads to them; its path.
+
+    A journal that cannot be read is listed with the reason.
+
+    Errors: `UserError` if no sub-folder holds a journal, or a page cannot be written.
+    """
+    folders = sorted(path.parent for path in folder.glob("*/journal.sqlite"))
+    if not folders:
+        raise UserError(
+            f"There is no journal in {folder}, nor in a folder in it (NAME/journal.sqlite); give the folder that --out "
+            "named, or the one that holds several of those."
+        )
+    entries: list[dict[str, Any]] = []
+    for each in folders:
+        entry: dict[str, Any] = {"folder": each.name, "link": quote(f"{each.name}/report.html"), "page": None}
+        entry |= {"chart": None, "error": None}
+        try:
+            page = _read(each)
+            text = render(page)
+        except UserError as error:
+            entry["error"] = str(error).replace(str(each), each.name)
+        except Exception as error:  # a journal of another version may lack anything; the others are drawn nevertheless
+            entry["error"] = f"Its journal cannot be drawn by this version: {type(error).__name__}: {error}"
+        else:
+            atomic_write(each / "report.html", [text.encode()])
+            entry["page"] = page
+        entries.append(entry)
+    decided = [e for e in entries if e["page"] is not None and e["page"].decision and e["page"].decision[1].n]
+    for entry in decided:
+        entry["metric"] = entry["page"].metric(entry["page"].decision[0]["first"][1])
+    # Shares have one scale, so that effects compare at a glance; other units have their own.
+    common = _scale(e["page"].decision for e in decided if e["metric"].form == "share")
+    for entry in decided:
+        decision = entry["page"].decision
+        entry["chart"] = _chart(decision, common if entry["metric"].form == "share" else _scale([decision]))
+    target = folder / "index.html"
+    atomic_write(target, [_template("index.html", entries=entries, name=folder.resolve().name).encode()])
+    return target
+
+
+def _scale(decisions: Iterable[Any]) -> tuple[float, float]:
+    """The range that holds zero, the effects, their intervals and the least differences that count."""
+    values = [0.0]
+    for contrast, found, _ in decisions:
+        bounds = (found.interval.low, found.interval.high) if found.interval else ()
+        values += [v for v in (found.effect, contrast["least"], *bounds) if v is not None]
+    room = 0.04 * (max(values) - min(values)) or 1.0
+    return min(values) - room, max(values) + room
+
+
+def _chart(decision: Any, scale: tuple[float, float]) -> dict[str, float | None]:
+    """Places in percent of the width: zero, the least that counts, the effect and its interval."""
+    contrast, found, _ = decision
+
+    def place(value: float | None) -> float | None:
+        return None if value is None else round(100 * (value - scale[0]) / (scale[1] - scale[0]), 2)
+
+    interval = found.interval
+    return {
+        "zero": place(0.0),
+        "least": place(contrast["least"]),
+        "effect": place(found.effect),
+        "low": place(interval and interval.low),
+        "high": place(interval and interval.high),
+    }

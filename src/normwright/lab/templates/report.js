@@ -21,23 +21,29 @@ function axis(own = {}) {
   };
 }
 
-// On a narrow screen, names of rows stand above their dots, where they leave the plot its width.
-function aboveRows(own) {
-  const rows = own.meta?.rows;
-  if (!rows || !narrow.matches) return own;
-  const annotations = rows.map((text, i) => ({
-    text, x: 0, xref: "paper", xanchor: "left", y: -i + 0.5, yref: "y", yanchor: "top", showarrow: false,
-    font: { size: 12 }, align: "left",
+// On a narrow screen, names of rows stand above their dots, where they leave the plot its width: a row grows by the
+// lines of the longest name, and its dots move into what lies below them.
+function aboveRows(figure) {
+  const { rows, line } = figure.layout.meta ?? {};
+  if (!rows || !narrow.matches) return figure;
+  const text = 15 * Math.max(...rows.map((row) => row.split("<br>").length)) + 4;
+  const share = line / (line + text);
+  const moved = (y) => Math.round(y) - 0.5 + share * (y - Math.round(y) + 0.5);
+  const annotations = rows.map((row, i) => ({
+    text: row, x: 0, xref: "paper", xanchor: "left", y: -i + 0.5, yref: "y", yanchor: "top", showarrow: false,
+    font: { size: 12 }, align: "left", bgcolor: "--page",
   }));
-  const [low, high] = own.yaxis.range;
   return {
-    ...own, annotations, height: own.height + 16 * rows.length,
-    yaxis: { ...own.yaxis, showticklabels: false, range: [low - 0.05, high + 0.1] },
+    ...figure,
+    traces: figure.traces.map((trace) => ({ ...trace, y: trace.y.map(moved) })),
+    layout: {
+      ...figure.layout, annotations, height: figure.layout.height + text * rows.length,
+      yaxis: { ...figure.layout.yaxis, showticklabels: false, ticks: "", range: [0.5 - rows.length, 0.5] },
+    },
   };
 }
 
-function layout(given) {
-  const own = aboveRows(given);
+function layout(own) {
   const axes = Object.fromEntries(
     ["xaxis", "yaxis", ...Object.keys(own).filter((key) => /^[xy]axis\d+$/.test(key))].map((key) => [key, axis(own[key])]),
   );
@@ -68,7 +74,7 @@ function arranged(figure) {
 
 async function draw(which = figures) {
   const style = getComputedStyle(document.documentElement);
-  for (const figure of which) {
+  for (const figure of which.map(aboveRows)) {
     const place = document.getElementById(figure.id);
     const traces = resolve(arranged(figure), style);
     await Plotly.react(place, traces, resolve(layout(figure.layout), style), { displayModeBar: false, responsive: true });
