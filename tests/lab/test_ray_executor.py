@@ -25,7 +25,7 @@ from normwright.lab.journal import Journal
 from normwright.lab.ray_executor import ray_cluster
 from normwright.lab.study import Arm, Contrast, Study, find
 
-ray = pytest.importorskip("ray")
+ray = ray_executor._import_ray()
 
 
 def build(settings, shape, classes):
@@ -81,7 +81,6 @@ def data():
 
 @pytest.fixture(scope="module")
 def cluster():
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         address="local",
         num_cpus=2,
@@ -192,7 +191,7 @@ def test_two_workers_give_what_one_process_gives(tmp_path, data, cluster, undist
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "when"), [("sequential", (1, 2)), ("packed", (1,))])
-def test_workers_killed_half_way_lose_nothing(tmp_path, data, cluster, undisturbed, monkeypatch, name, when):
+def test_workers_killed_half_way_lose_nothing(tmp_path, data, cluster, undisturbed, monkeypatch, capfd, name, when):
     monkeypatch.setattr(ray_executor, "LOSSES", 2)  # in a row: there is an epoch between the two deaths
     killed = []
 
@@ -216,6 +215,10 @@ def test_workers_killed_half_way_lose_nothing(tmp_path, data, cluster, undisturb
             assert [epoch for run, epoch in watcher.epochs if run == number] == [0, 1, 2, 3]
         assert sorted(watcher.ends) == [(run, "finished") for run in range(1, 5)]
         assert watcher.images == 4 * 4 * 100  # what the dead worker had begun is taken back
+        goes_on = "bn seed 0" if name == "sequential" else "bn seed 0, bn seed 1"
+        died = "A worker died (The actor is dead because its worker process has died)"
+        assert watcher.said == [f"{died}; {goes_on} goes on from the last whole epoch"] * len(when)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -263,6 +264,8 @@ class _Driver:
             if group.losses == LOSSES:
                 self._give_up(member, f"{LOSSES} workers in a row died before an epoch was over, the last: {why}")
             else:
+                names = ", ".join(f"{run.arm} seed {run.seed}" for run in group.under_way.values())
+                self._watcher.say(f"A worker died ({why}); {names} goes on from the last whole epoch")
                 group.give_back(self._journal)
                 self._waiting.appendleft(group)
         if self._waiting:
@@ -270,9 +273,11 @@ class _Driver:
 
 
 def _sentence(error: Exception) -> str:
-    """What Ray says of a death, without its identifiers and tracebacks."""
-    lines = [line for line in str(error).splitlines() if line and not line[0].isspace()]
-    return (lines[-1] if lines else type(error).__name__).strip().rstrip(".")
+    """What Ray says of a death, without its identifiers, tracebacks and guesses."""
+    lines = [line for line in str(error).splitlines() if line and not line[0].isspace()] or [type(error).__name__]
+    # After a heading; what a worker raised when it started is the last line of a traceback.
+    line = lines[-1] if getattr(error, "actor_init_failed", False) else lines[min(1, len(lines) - 1)]
+    return line.partition(". ")[0].rstrip(".")
 
 
 def ray_cluster(
@@ -312,8 +317,10 @@ def ray_cluster(
 
 
 def _import_ray() -> ModuleType:
-    # Ray reports its use to its makers unless told not to; a study does so only if its user has asked for it.
+    # Ray reads these once. It reports its use to its makers unless told not to, and prints what befell a worker to
+    # standard output, which `--json` needs for itself, also with log_to_driver=False.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "(?s).")
     try:
         import ray
     except ModuleNotFoundError as error:
@@ -341,12 +348,18 @@ def _connected(ray: ModuleType, job: Job, address: str | None, workers: int) -> 
         _check_answers(address)
         quiet["address"] = address
     try:
-        ray.init(**quiet)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters of them is in the error
+            ray.init(**quiet)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         if address is None:
             says, advice = "No Ray cluster could be started on this machine", "train here by --executor here"
         else:
-            says, advice = f"--address {address} cannot be used", "leave it away for a cluster on this machine"
+            says = f"--address {address} cannot be used"
+            advice = (
+                "check that it is a Ray cluster with the same versions of Python and Ray, set RAY_AUTH_MODE=token if "
+                "it asks for a token, or leave --address away for a cluster on this machine"
+            )
         raise UserError(f"{says} ({_first_line(error)}); {advice}.") from error
     try:
         yield
