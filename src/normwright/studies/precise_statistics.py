@@ -12,6 +12,7 @@ follow the weights at once but let images of a batch decide about one another; a
 
 Momentum is torch's, the weight of the new batch: 0.01 averages over about a hundred steps, 0.9 over one. It changes no
 weight, so arms that differ in it alone train the same network; recalibrated they must agree, and the study shows it.
+At no momentum are the averages up to date: the last batch was seen before the last update of the weights.
 How far off: at an epoch's end the root mean square, over all channels, of running minus precise mean in units of the
 precise deviation (`mean_off`), and of the logarithm of the running over the precise variance (`variance_off`).
 
