@@ -1,6 +1,5 @@
 """The journal: what is written is there after kill -9, belongs to one process, and every fault is one sentence."""
 
-import csv
 import io
 import json
 import math
@@ -127,6 +126,9 @@ def test_a_run_from_claim_to_finish(journal):
     assert done[0].epochs == 3
     assert done[0].finished >= done[0].started
     assert journal.epochs(1) == {0: {"train_loss": 1 / 3}, 1: {"train_loss": 1 / 4}, 2: {"train_loss": 1 / 5}}
+    recorded = journal.recorded(1)
+    assert list(recorded) == [0, 1, 2]
+    assert done[0].started <= recorded[0] <= recorded[1] <= recorded[2] <= done[0].finished
     assert journal.checkpoint(1) is None
     assert journal.claim_run(study).id == 2
     assert journal.claim_run(study) is None
@@ -803,30 +805,3 @@ def test_reading_beside_a_writer(path, journal):
         run = journal.claim_run(study).id
         journal.record_epoch(run, 0, {"a": 1})
         assert reader.epochs(run) == {0: {"a": 1}}
-
-
-def test_csv(tmp_path, journal):
-    study = study_with_runs(journal, 2)
-    for seed in range(2):
-        run = journal.claim_run(study).id
-        journal.record_epoch(run, 0, {"loss": 1 / 3, "gamma": [1.5, math.nan]} if seed else {"loss": math.nan})
-        journal.finish_run(run, {"acc": 0.1 + 0.2, 'comma, quote"': -math.inf})
-    journal.export_csv(tmp_path / "new" / "runs.csv")
-    journal.export_csv(tmp_path / "epochs.csv", "epochs", study)
-    with open(tmp_path / "new" / "runs.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["study"], row["arm"], row["seed"], row["status"], row["epochs"]) for row in rows] == [
-        ("lenet", "bn", "0", "finished", "1"),
-        ("lenet", "bn", "1", "finished", "1"),
-    ]
-    assert float(rows[0]["acc"]) == 0.1 + 0.2
-    assert rows[0]["config.lr"] == "0.1"
-    assert rows[0]['comma, quote"'] == "-inf"
-    with open(tmp_path / "epochs.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["loss"] for row in rows] == ["nan", repr(1 / 3)]
-    assert [row["gamma"] for row in rows] == ["", '[1.5, "nan"]']
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written") as error:
-        journal.export_csv(tmp_path / "file" / "runs.csv")
-    one_sentence(error)

@@ -16,7 +16,6 @@ brought up to date in place when it is opened for writing.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
@@ -39,7 +38,6 @@ import numpy as np
 import torch
 
 from .errors import UserError
-from .files import atomic_write
 
 __all__ = ["SCHEMA_VERSION", "End", "Epoch", "Journal", "Metrics", "Run", "Study", "environment"]
 
@@ -725,34 +723,10 @@ class Journal:
             rows = db.execute("SELECT epoch, metrics FROM epoch WHERE run = ? ORDER BY epoch", (run,)).fetchall()
         return {epoch: {name: _number(value) for name, value in json.loads(text).items()} for epoch, text in rows}
 
-    def export_csv(self, path: str | Path, table: Literal["runs", "epochs"] = "runs", study: int | None = None) -> None:
-        """Write one row a run (config and results in columns) or one an epoch (metrics in columns), atomically.
-
-        Numbers are written so that they read back exactly, non-finite ones as nan, inf, -inf, lists as JSON.
-        """
-        names = {item.id: item.name for item in self.studies()}
-        records: list[tuple[list[Any], dict[str, Any]]] = []
-        for run in self.runs(study):
-            if table == "runs":
-                first = [names[run.study], run.id, run.arm, run.seed, run.status, run.epochs, run.started, run.finished]
-                rest = {f"config.{key}": value for key, value in run.config.items()} | run.results
-                records.append(([*first, run.error], rest))
-            else:
-                for epoch, metrics in self.epochs(run.id).items():
-                    records.append(([names[run.study], run.id, run.arm, run.seed, epoch], metrics))
-        fixed = ["study", "run", "arm", "seed"]
-        fixed += ["status", "epochs", "started", "finished", "error"] if table == "runs" else ["epoch"]
-        columns = list(dict.fromkeys(column for _, rest in records for column in rest))
-        text = io.StringIO(newline="")
-        writer = csv.writer(text)
-        writer.writerow(fixed + columns)
-        for first, rest in records:
-            writer.writerow(first + [_cell(rest.get(column)) for column in columns])
-        atomic_write(path, [text.getvalue().encode()])
+    def recorded(self, run: int) -> dict[int, str]:
+        """When each epoch was committed, as `Run.started` says times."""
+        with self._reading() as db:
+            return dict(db.execute("SELECT epoch, recorded FROM epoch WHERE run = ? ORDER BY epoch", (run,)).fetchall())
 
 
 _environment = environment  # `create_study` has an argument of that name
-
-
-def _cell(value: Any) -> Any:
-    return json.dumps(_plain(value) if isinstance(value, list) else value) if isinstance(value, list | dict) else value
