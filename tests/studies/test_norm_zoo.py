@@ -1,0 +1,115 @@
+"""Every row of the catalog is in the zoo or left out with a reason, and each arm computes what its row says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import normwright as nw
+from normwright.catalog import CATALOG
+from normwright.lab.study import plan
+from normwright.studies import norm_zoo
+from normwright.studies.norm_zoo import LEFT_OUT, STUDY, Ghost, build, evaluation, from_row, layers_of
+
+ARMS = [arm.name for arm in STUDY.arms]
+OWN_STATISTICS = {
+    "BatchNorm", "GhostBatchNorm", "BatchRenorm", "EvoNormB0", "SwitchNorm", "Whitening", "ProbabilityIntegralTransform"
+}  # fmt: skip
+
+
+def test_every_row_is_an_arm_or_left_out_with_a_reason():
+    assert set(ARMS) - {"none", "WS+GroupNorm"} == set(CATALOG) - set(LEFT_OUT)
+    assert set(LEFT_OUT) <= set(CATALOG)
+    assert all(len(reason.split()) >= 4 for reason in LEFT_OUT.values())
+    assert set(norm_zoo.OWN) <= set(CATALOG)
+
+
+def test_every_arm_is_compared_with_batch_norm():
+    assert {contrast.first[0] for contrast in STUDY.contrasts} == set(ARMS) - {"BatchNorm"}
+    assert {contrast.second[0] for contrast in STUDY.contrasts} == {"BatchNorm"}
+    assert {arm for arm in ARMS if evaluation(arm) == "test_acc_recalibrated"} == OWN_STATISTICS
+
+
+def test_a_new_row_joins_by_its_spec():
+    row = replace(CATALOG["GroupNorm"], name="new", spec=nw.NormSpec("b (g [c]) [s...]", affine="(g c)", center=False))
+    norm, act = from_row(row)(8)
+    x = torch.randn(3, 8, 5, 5)
+    groups = x.double().view(3, 4, -1)
+    expected = (groups / (groups.square().mean(2, keepdim=True) + 1e-5).sqrt()).view_as(x)
+    torch.testing.assert_close(norm(x).double(), expected, atol=1e-5, rtol=1e-5)
+    assert isinstance(act, nn.ReLU)
+
+
+X = torch.randn(6, 16, 5, 5, generator=torch.Generator().manual_seed(1)) * 2 + 1
+TRUTH = {
+    "BatchNorm": lambda x: F.relu(F.batch_norm(x, None, None, training=True)),
+    "GhostBatchNorm": lambda x: F.relu(torch.cat([F.batch_norm(p, None, None, training=True) for p in x.split(3)])),
+    "LayerNorm": lambda x: F.relu(F.group_norm(x, 1)),
+    "RMSNorm": lambda x: F.relu(F.rms_norm(x, x.shape[1:], eps=1e-5)),
+    "InstanceNorm": lambda x: F.relu(F.instance_norm(x)),
+    "GroupNorm": lambda x: F.relu(F.group_norm(x, 4)),
+    "WS+GroupNorm": lambda x: F.relu(F.group_norm(x, 4)),
+    "ChannelNorm": lambda x: F.relu(F.layer_norm(x.movedim(1, -1), x.shape[1:2]).movedim(-1, 1)),
+    "FilterResponseNorm": lambda x: F.relu(x / (x.square().mean((2, 3), keepdim=True) + 1e-6).sqrt()),
+    "EvoNormS0": lambda x: x * x.sigmoid() / (x.view(6, 4, -1).var(2, correction=0) + 1e-5).sqrt().repeat_interleave(
+        4, 1
+    )[..., None, None],
+    "DyT": lambda x: F.relu(torch.tanh(0.5 * x)),
+    "GRN": F.relu,  # the identity at first
+    "LocalResponseNorm": lambda x: F.local_response_norm(F.relu(x), 5),
+    "WeightStandardization": F.relu,
+    "none": F.relu,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", TRUTH)
+def test_layers_as_they_start(norm):
+    layers = nn.Sequential(*layers_of(norm)(16))
+    torch.testing.assert_close(layers(X).detach().double(), TRUTH[norm](X.double()), atol=1e-4, rtol=1e-4)
+
+
+def test_whitening_and_the_probability_integral_transform():
+    """One leaves the identity as covariance, the other normal quantiles, whatever came in."""
+    x = torch.randn(400, 4, 3, 3)
+    x = (x + 0.8 * x.roll(1, 1)).exp()
+    y = layers_of("Whitening")(4)[0](x).detach().double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(y @ y.T / y.shape[1], torch.eye(4, dtype=torch.double), atol=1e-3, rtol=0)
+    y = layers_of("ProbabilityIntegralTransform")(4)[0](x).detach().double().transpose(0, 1).flatten(1)
+    levels = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.double)
+    expected = torch.special.ndtri(levels).view(5, 1).expand(5, 4)
+    torch.testing.assert_close(y.quantile(levels, 1), expected, atol=0.05, rtol=0)
+
+
+def test_weight_standardization_is_of_all_convolutions():
+    settings = plan(STUDY, "digits", {}).arms["WS+GroupNorm"]
+    model = build(settings, (1, 12, 12), 10)
+    convolutions = [layer for layer in model if isinstance(layer, nn.Conv2d)]
+    assert len(convolutions) == 4
+    for conv in convolutions:
+        weight = conv.weight.detach().double().flatten(1)
+        torch.testing.assert_close(weight.mean(1), torch.zeros(len(weight), dtype=torch.double), atol=1e-5, rtol=0)
+        torch.testing.assert_close(weight.var(1, correction=0), torch.ones(len(weight)).double(), atol=1e-2, rtol=0)
+
+
+def test_ghost_takes_a_ragged_batch():
+    layer = Ghost(16, 2)
+    torch.testing.assert_close(layer(X[:5]), F.batch_norm(X[:5], None, None, training=True), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ARMS)
+def test_every_network_learns(norm):
+    """Fitting one batch of eight lowers the loss: gradients reach every parameter, and none is left without."""
+    model = build(plan(STUDY, "digits", {}).arms[norm], (1, 12, 12), 10)
+    x, y = torch.randn(8, 1, 12, 12), torch.arange(8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    losses = []
+    for _ in range(12):
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
