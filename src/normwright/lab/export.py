@@ -33,8 +33,8 @@ def export(journal: str | Path, out: str | Path, format: Format | None = None, s
     like one of our own columns becomes `metric.…`. CSV writes numbers so that they read back exactly, non-finite ones
     as nan, inf, -inf, and lists as JSON. Parquet keeps numbers as int64 or float64 and lists as lists; a column whose
     values have no one type is text in JSON. `tensorboard` writes a folder `out/STUDY/ARM-seed0-run1` a run: metrics by
-    epoch and results (as `result/…`, at the number of epochs) as 64-bit scalars, settings as hyperparameters; lists, which
-    have no scalar, are left out.
+    epoch and results (as `result/…`, at the number of epochs) as 64-bit scalars, settings as hyperparameters; lists,
+    which have no scalar, are left out.
 
     `format`: None goes by the ending of `out`, .csv or .parquet, and no ending is a folder for TensorBoard. `study`:
     the name of one study, None for all. Errors: UserError for another ending, a folder that is not empty, a missing
