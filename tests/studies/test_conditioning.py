@@ -98,6 +98,14 @@ def test_hessian_products_and_eigenvalues_are_those_of_the_whole_hessian(norm):
     torch.testing.assert_close(scaled(v), scale * (truth @ (scale * v)), rtol=1e-8, atol=1e-10)
 
 
+def test_the_relative_scale_is_the_norm_of_each_weight_and_holds_the_rest():
+    model = small("bn")
+    first, second = (float(model.get_parameter(name).detach().norm()) for name in ("1.weight", "3.weight"))
+    # weight (3, 4), bias, γ, β, weight (3, 3), bias
+    expected = torch.tensor([first] * 12 + [0.0] * 9 + [second] * 9 + [0.0] * 3, dtype=torch.float64)
+    torch.testing.assert_close(relative_scale(list(model.parameters())), expected)
+
+
 def test_doubled_weights_before_batch_norm_leave_the_relative_eigenvalue_alone():
     model, (x, y) = small("bn"), data()
     model[2].eps = 1e-14

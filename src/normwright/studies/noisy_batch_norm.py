@@ -19,7 +19,7 @@ units of its deviation within a batch: the root mean square over the channels of
 
 The network: LeNet as in the study lenet, at learning rate 1.0 in all arms. On digits LeNet with sigmoids
 does not learn without batch norm in so few steps, so there the network with ReLU at 0.1 is taken. A few minutes of two
-cores; the question wants `--data fashion-mnist` (10,000 images here), with sigmoids.
+cores; the question wants `--data fashion-mnist` (20,000 images here), with sigmoids.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ STUDY = Study(
     seeds=10,
     by_data={
         "digits": {"batch_size": 64, "activation": "relu", "lr": 0.1},
-        "fashion-mnist": {"train_images": 10_000, "recalibrate": 5_000},
+        "fashion-mnist": {"train_images": 20_000, "recalibrate": 5_000},
     },
     metrics=(
         Metric("test_acc", "running average", "share", "higher"),
