@@ -413,6 +413,87 @@ def one_sentence(error):
     assert text.endswith(".")
 
 
+def test_what_a_worker_hands_over_does_not_change_with_training(data):
+    weights, go_on = torch.zeros(3), threading.Event()
+
+    def count(job, starts, tick):
+        for epoch in range(2):
+            tick(60)
+            weights.add_(1)
+            tick(40)
+            yield [engine.Epoch(1, epoch, {}, {"model": {"w": weights}, "groups": [{"lr": 0.1, "m": weights}]})]
+        yield [engine.End(1, "finished", None, {}, {"model": {"w": weights}})]
+        weights.fill_(9)
+        go_on.set()
+
+    worker = ray_executor._Worker(engine.Job(STUDY, data, {}, torch.device("cpu")), 1)
+    assert worker.begin(count, []) == []
+    assert go_on.wait(10)
+    reports = [worker.poll() for _ in range(4)]
+    assert [report[0] for report in reports] == [100, 100, 0, 0]
+    (first,), (second,), (end,) = (report[1] for report in reports[:3])
+    assert (first.checkpoint["model"]["w"].tolist(), second.checkpoint["model"]["w"].tolist()) == ([1] * 3, [2] * 3)
+    assert first.checkpoint["groups"][0]["m"].tolist() == [1] * 3
+    assert end.trained["model"]["w"].tolist() == [2] * 3
+    assert reports[3] == [0, None]
+
+
+class Scripted:
+    """A worker that says what it is told to; an exception is raised."""
+
+    def __init__(self, ready, polls=()):
+        says = iter(polls)
+        self.ready = SimpleNamespace(remote=lambda: ready)
+        self.begin = SimpleNamespace(remote=lambda engine, starts: [])
+        self.poll = SimpleNamespace(remote=lambda: next(says))
+
+
+def scripted_ray(killed):
+    def get(call):
+        if isinstance(call, Exception):
+            raise call
+        return call
+
+    def wait(calls, num_returns):
+        return calls[:1], calls[1:]
+
+    return SimpleNamespace(wait=wait, get=get, kill=killed.append, exceptions=ray.exceptions)
+
+
+def test_images_of_a_dead_worker_are_taken_back(tmp_path, data):
+    _, journal, number = prepared(tmp_path / "journal.sqlite", data, replace(STUDY, arms=STUDY.arms[:1]), seeds=(0,))
+    epochs = [engine.Epoch(1, epoch, {"a": epoch}, {}) for epoch in range(2)]
+    end = engine.End(1, "finished", None, {}, None)
+    died = ray.exceptions.ActorDiedError()
+    crew = [
+        Scripted([], [[100, epochs[:1]], [30], [20], died]),
+        Scripted([], [[100, epochs[1:]], [0, [end]], [0, None]]),
+    ]
+    workers, trained, watcher, killed = iter(crew), [], Watcher(), []
+    watcher.trained = trained.append
+    with journal:
+        driver = ray_executor._Driver(
+            scripted_ray(killed), lambda: next(workers), [journal.runs(number)], journal, watcher
+        )
+        driver.run(2)
+        assert journal.epochs(1) == {0: {"a": 0}, 1: {"a": 1}}
+        assert watcher.ends == [(1, "finished")]
+    assert trained == [100, 30, 20, -50, 100, 0, 0]
+    assert killed == crew[1:]
+
+
+def test_workers_that_cannot_start(tmp_path, data):
+    _, journal, number = prepared(tmp_path / "journal.sqlite", data)
+    stillborn = Scripted(ray.exceptions.ActorDiedError())
+    with journal:
+        waiting = [[run] for run in journal.runs(number)]
+        driver = ray_executor._Driver(scripted_ray([]), lambda: stillborn, waiting, journal, Watcher())
+        with pytest.raises(UserError, match="No worker of the Ray cluster could start, 3 in a row") as error:
+            driver.run(1)
+        assert {run.status for run in journal.runs()} == {"pending"}
+    one_sentence(error)
+
+
 def test_without_ray(tmp_path, data, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     job, journal, study = prepared(tmp_path / "journal.sqlite", data)
