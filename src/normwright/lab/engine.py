@@ -269,9 +269,11 @@ def three_ways(model: nn.Module, part: Parts, settings: Mapping[str, Any], last:
     images = part.x if wanted is None else part.x[:wanted]
     pieces = [images[start:stop] for start, stop in batches(len(images), EVALUATION_BATCH)]
     receipt = recalibrate(model, pieces, method="layerwise" if last else "one_pass")
-    metrics["test_acc_recalibrated"] = evaluate(model, part.x_test, part.y_test)[1]
+    if receipt.edits:  # none: running statistics that are no mean and variance, as whitening's, stay as they are
+        metrics["test_acc_recalibrated"] = evaluate(model, part.x_test, part.y_test)[1]
     metrics |= _validated(model, part)
-    receipt.undo()
+    if receipt.edits:
+        receipt.undo()
     kept = {id(buffer): buffer.clone() for module in modules for buffer in module.buffers(recurse=False)}
     for module in modules:
         module.train()
