@@ -185,6 +185,26 @@ def test_every_way_of_a_convolution_is_the_convolution(way, last):
             torch.testing.assert_close(got[:, k], model(theirs[:, k]), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "pool", [nn.AvgPool2d((2, 3)), nn.AvgPool2d(3), nn.AvgPool2d(2, 1), nn.AvgPool2d(2, padding=1)]
+)
+def test_average_pooling_by_tiles_is_torchs(pool):
+    def build():
+        return nn.Sequential(nn.Conv2d(2, 4, 1), copy.deepcopy(pool), nn.Conv2d(4, 1, 1), nn.Flatten())
+
+    models = networks(build, 2)
+    network = pack(models, (2, 8, 12))
+    for leaf in network.leaves.values():
+        if isinstance(leaf, Conv):
+            leaf.channels_last = True
+    x = images(3, 2, 8, 12)
+    network(x).sin().sum().backward()
+    for k, model in enumerate(models):
+        model(x).sin().sum().backward()
+        for key, parameter in model.named_parameters():
+            torch.testing.assert_close(network.rows(network.gradient, key)[k], parameter.grad, rtol=1e-10, atol=1e-10)
+
+
 def test_the_fastest_way_is_measured_once_and_told():
     network = pack(networks(lenet, 3, torch.float32), SHAPE)
     with torch.random.fork_rng():

