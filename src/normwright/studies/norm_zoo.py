@@ -4,10 +4,13 @@ Claim: whitening with the full covariance (Huang et al. 2018) is better than bat
 for itself. Study notes ask further whether the probability-integral transform, which gives every channel a normal
 distribution, would be better still.
 
-What decides: the test accuracy of full-covariance whitening minus batch norm's, both with recalibrated running
-statistics, paired by seed, more than one point. What explains: the same as trained, and every other normalization of
-the catalog against batch norm, recalibrated where it has running statistics. All have the same network, the same images
-and the same learning rates, of which each takes the one that is best on images held out.
+What decides: the test accuracy of full-covariance whitening minus batch norm's, both with refreshed running statistics,
+paired by seed, more than one point. Refreshed are the plain averages over the training images of what each batch of 256
+gives with the final weights, layers before it included: the running average lags, and exact recalibration is not
+defined for covariances and quantiles. What explains: the same as trained, and every other normalization of the catalog
+against batch norm, refreshed where it has running statistics. All have the same network, the same images and the same
+learning rates, of which each takes the one that is best on images held out (with recalibrated statistics where that
+is defined, else as trained).
 
 The network: 3×3 convolutions to 16, 32 (stride 2), 32 and 64 (stride 2) channels, each with norm and ReLU; mean over
 the places, dense. He's initial weights, SGD with momentum 0.9. The arms are the rows of `normwright.catalog` with their
@@ -24,15 +27,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normwright as nw
 from normwright.catalog import CATALOG, Row
-from normwright.lab.study import EVALUATIONS, Arm, Contrast, Metric, Study
+from normwright.lab.study import EVALUATIONS, Arm, Contrast, Metric, Moment, Study
 
 Maker = Callable[[int], list[nn.Module]]  # channels → the layers between two convolutions
 
+REFRESH = 256  # images a batch
 SIZES = {"g": 4, "n": 2}  # of axes beside the channels' c: groups, chunks
 
 
@@ -133,15 +138,44 @@ def build(settings: Mapping[str, Any], shape: tuple[int, int, int], classes: int
     return model
 
 
+def tracks(layer: nn.Module) -> bool:
+    return any(name.startswith("running_") for name, _ in layer.named_buffers(recurse=False))
+
+
+def refresh(model: nn.Module, x: Tensor) -> None:
+    """Set all running statistics to the plain averages over batches of `x`; the model is left in eval mode."""
+    model.eval()
+    layers: list[Any] = [layer for layer in model.modules() if tracks(layer)]
+    for layer in layers:
+        layer.reset_running_stats()
+        setattr(layer, "new_weight" if isinstance(layer, nw.Norm) else "momentum", None)
+        layer.train()
+    size = min(REFRESH, len(x))
+    with torch.no_grad():
+        for batch in x[: len(x) // size * size].split(size):  # a ragged one would count as much as a whole one
+            model(batch)
+    model.eval()
+
+
+def observe(moment: Moment) -> dict[str, float]:
+    """After the last epoch, the test accuracy with refreshed running statistics, where there are any."""
+    if not (moment.last and any(tracks(layer) for layer in moment.model.modules())):
+        return {}
+    images = len(moment.data.x_train) - moment.settings["validation"]
+    refresh(moment.model, moment.data.x_train[: min(images, moment.settings.get("train_images") or images)])
+    with torch.no_grad():
+        answers = torch.cat([moment.model(x).argmax(1) for x in moment.data.x_test.split(REFRESH)])
+    return {"test_acc_refreshed": float((answers == moment.data.y_test).float().mean())}
+
+
 def evaluation(norm: str) -> str:
-    """The metric by which an arm is compared: recalibrated if it has running statistics."""
-    buffers = [name for layer in layers_of(norm)(16) for name, _ in layer.named_buffers()]
-    return "test_acc_recalibrated" if any(name.startswith("running_") for name in buffers) else "test_acc"
+    """The metric by which an arm is compared: refreshed if it has running statistics."""
+    return "test_acc_refreshed" if any(tracks(layer) for layer in layers_of(norm)(16)) else "test_acc"
 
 
 def against_batch_norm(norm: str, label: str, metric: str = "") -> Contrast:
     first = metric or evaluation(norm)
-    how = "as trained" if metric else "recalibrated"
+    how = "as trained" if metric else "refreshed"
     return Contrast(f"{label} beats batch norm, {how}", (norm, first), ("BatchNorm", metric or evaluation("BatchNorm")))
 
 
@@ -156,6 +190,7 @@ STUDY = Study(
     source="Huang et al. 2018, arXiv:1804.08450; every norm's own source is in the catalog (normwright norms)",
     arms=tuple(Arm(norm, label, {"norm": norm}) for norm, label in LABELS.items()),
     build=build,
+    observe=observe,
     contrasts=(
         against_batch_norm("Whitening", "full-covariance whitening"),
         against_batch_norm("Whitening", "full-covariance whitening", "test_acc"),
@@ -176,6 +211,7 @@ STUDY = Study(
         "cifar10-jpeg": {"seeds": 3, "epochs": 2, "batch_size": 64, "train_images": 8000, "validation": 1000},
     },
     metrics=(
+        Metric("test_acc_refreshed", "test accuracy, running statistics refreshed", "share", "higher"),
         *EVALUATIONS,
         Metric("val_acc", "accuracy on images held out", "share", "higher"),
         Metric("train_acc", "accuracy while training", "share", "higher"),
