@@ -117,7 +117,7 @@ def study(
             help="sequential (one network after another), packed (alike ones as one network), or auto: packed where "
             "it can be."
         ),
-    ] = "sequential",
+    ] = "auto",
     executor: Annotated[str, typer.Option(help="here (this process), or ray (a cluster).")] = "here",
     address: Annotated[
         str | None,
@@ -316,12 +316,15 @@ def _dimension_names(layout: Any) -> tuple[str, str]:
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="The folder that --out named.", metavar="RUNDIR")],
+    folder: Annotated[
+        Path, typer.Argument(help="The folder that --out named, or one that holds several of those.", metavar="RUNDIR")
+    ],
 ) -> None:
-    """Draw report.html again from the journal in a folder."""
-    from .lab.report import draw
+    """Draw report.html again from the journal in a folder; over several studies also the page that leads to them."""
+    from .lab.report import draw, draw_index
 
-    typer.echo(f"Report: {draw(folder)}")
+    drawn = draw(folder) if (folder / "journal.sqlite").is_file() else draw_index(folder)
+    typer.echo(f"Report: {drawn}")
 
 
 @app.command()
@@ -335,6 +338,14 @@ def runs(
         Path | None, typer.Option(help="The file for --export, .pt or .safetensors.", show_default=False)
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over --out.")] = False,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write every run and epoch to a .csv or .parquet file (the epochs beside it), or to a folder of "
+            "TensorBoard event files.",
+            show_default=False,
+        ),
+    ] = None,
     release: Annotated[
         str | None,
         typer.Option(
@@ -343,10 +354,11 @@ def runs(
         ),
     ] = None,
 ) -> None:
-    """List the runs in the journal of a folder, export a trained network, or release runs."""
+    """List the runs in the journal of a folder, export a network or the tables of the journal, or release runs."""
     from rich.console import Console
 
     from .lab import run
+    from .lab.export import export as export_tables
 
     if (export is None) != (out is None):
         raise UserError("--export RUN and --out FILE go together; `normwright runs RUNDIR` lists the runs.")
@@ -354,7 +366,10 @@ def runs(
         typer.echo(f"Released {run.release(folder, release)} runs of {release}; --resume goes on with them.")
     if export is not None and out is not None:
         typer.echo(run.export_network(folder, export, out, force=force))
-    if release is None and export is None:
+    if table is not None:
+        for path in export_tables(run.journal_of(folder), table):
+            typer.echo(f"Wrote {path}")
+    if release is None and export is None and table is None:
         run.print_runs(folder, Console())
 
 

@@ -67,21 +67,24 @@ def groups(job: Job, runs: Sequence[Run], engine: str, watcher: Watcher) -> list
 
     free = {"lr", "weight_decay", *job.study.packs}
     alike: dict[str, list[Run]] = {}
-    reasons: dict[str, str | None] = {}
     for run in runs:
-        if run.arm not in reasons:
-            reasons[run.arm] = reason = why_not_packed(job, run.arm)
-            if reason is not None and engine == "packed":
-                raise UserError(f"--engine packed: {run.arm} cannot train packed, {reason}; use auto or sequential.")
-            if reason is not None and job.study.procedure is None:
-                watcher.say(f"{run.arm}: its networks train one by one, since {reason}")
         kept = {key: value for key, value in run.config.items() if key not in free}
-        key = json.dumps([run.arm if reasons[run.arm] else "", run.id if reasons[run.arm] else 0, run.epochs, kept])
-        alike.setdefault(key, []).append(run)
+        alike.setdefault(json.dumps([run.epochs, kept], sort_keys=True), []).append(run)
+    reasons: dict[str, str | None] = {}
     found: list[list[Run]] = []
     for same in alike.values():
-        size = math.ceil(len(same) / math.ceil(len(same) / WIDTH))  # 12 runs at a width of 10 are 6 and 6
-        found += [same[i : i + size] for i in range(0, len(same), size)]
+        for arm in dict.fromkeys(run.arm for run in same):
+            if arm in reasons or (len(same) == 1 and engine != "packed"):
+                continue
+            reasons[arm] = reason = why_not_packed(job, arm)
+            if reason is not None and engine == "packed":
+                raise UserError(f"--engine packed: {arm} cannot train packed, since {reason}; use auto or sequential.")
+            if reason is not None and job.study.procedure is None:
+                watcher.say(f"{arm}: its networks train one by one, since {reason}")
+        found += [[run] for run in same if reasons.get(run.arm) is not None]
+        rest = [run for run in same if reasons.get(run.arm) is None]
+        size = math.ceil(len(rest) / max(1, math.ceil(len(rest) / WIDTH)))  # 12 runs at a width of 10 are 6 and 6
+        found += [rest[i : i + size] for i in range(0, len(rest), max(1, size))]
     return found
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "Stopped",
     "choose_device",
     "export_network",
+    "journal_of",
     "print_outcome",
     "print_runs",
     "release",
@@ -61,7 +62,7 @@ class Request:
     smoke: bool = False
     command: str = ""
     show: Literal["progress", "nothing"] = "progress"
-    engine: str = "sequential"
+    engine: str = "auto"
     executor: str = "here"
     address: str | None = None
     workers: int = 2
@@ -448,7 +449,8 @@ def _signed(value: float, form: str) -> str:
     return f"{text} points" if form == "share" else text
 
 
-def _journal(folder: Path) -> Path:
+def journal_of(folder: Path) -> Path:
+    """The journal in the folder that --out named; UserError if there is none."""
     path = folder / "journal.sqlite"
     if not path.is_file():
         raise UserError(f"There is no journal in {folder} (journal.sqlite); give the folder that --out named.")
@@ -465,7 +467,7 @@ def export_network(folder: Path, number: int, out: Path, *, force: bool = False)
     from ..surgery.checkpoint import refuse_existing, write
 
     refuse_existing(out, force)
-    path = _journal(folder)
+    path = journal_of(folder)
     with Journal(path, mode="read") as journal:
         studies = {study.id: study for study in journal.studies()}
         runs = {run.id: run for run in journal.runs()}
@@ -488,13 +490,13 @@ def export_network(folder: Path, number: int, out: Path, *, force: bool = False)
 
 def release(folder: Path, study: str) -> int:
     """Give back the runs of a study that other hosts, which must be dead, have marked running; how many."""
-    with Journal(_journal(folder), mode="write") as journal:
+    with Journal(journal_of(folder), mode="write") as journal:
         return journal.release_runs(journal.open_study(study).id)
 
 
 def print_runs(folder: Path, console: Console) -> None:
     """A table of the runs in a folder's journal."""
-    with Journal(_journal(folder), mode="read") as journal:
+    with Journal(journal_of(folder), mode="read") as journal:
         for study in journal.studies():
             table = Table(title=Text(f"{study.name}, begun {study.created}"), title_justify="left")
             for name in ("run", "arm", "seed", "status", "epochs", "train loss", "test accuracy", "error"):
