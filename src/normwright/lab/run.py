@@ -135,7 +135,7 @@ class _Bar(_Silent):
     """A bar with the arm, seeds, epoch and accuracy, the rate and the time left."""
 
     def __init__(self, console: Console, images: Mapping[int, int]) -> None:
-        self.images = images  # what each run that is left has to train on
+        self.images = images  # of an epoch, by run
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -144,12 +144,16 @@ class _Bar(_Silent):
             TimeRemainingColumn(),
             console=console,
         )
-        self.task = self.progress.add_task("starting", total=sum(images.values()))
-        self.ended = 0  # images of the runs that have ended
-        self.under_way = 0  # images trained of those that have not
+        self.task = self.progress.add_task("starting", total=0)
+        self.settled = 0  # images of epochs that are recorded, and of those that will not be trained
+        self.under_way = 0  # images of the epochs under way
         self.runs: dict[int, Run] = {}
-        self.done = 0
+        self.epochs: dict[int, int] = {}  # recorded, of the runs under way
         self.accuracy: dict[int, float] = {}
+
+    def left(self, runs: Sequence[Run]) -> None:
+        total = sum((run.config.get("epochs", 1) - run.epochs) * self.images[run.id] for run in runs)
+        self.progress.update(self.task, total=total)
 
     def __enter__(self) -> _Bar:
         self.progress.start()
@@ -159,34 +163,44 @@ class _Bar(_Silent):
         self.progress.stop()
 
     def begin(self, runs: Sequence[Run]) -> None:
-        self.runs, self.done, self.accuracy = {run.id: run for run in runs}, runs[0].epochs, {}
-        self._describe()
+        # Several groups may be under way at a time, and one may begin again where a worker died.
+        self.runs |= {run.id: run for run in runs}
+        self.epochs |= {run.id: run.epochs for run in runs}
+        self._show()
 
     def trained(self, images: int) -> None:
         self.under_way += images
-        self.progress.update(self.task, completed=self.ended + self.under_way)
+        self._show()
 
     def epoch(self, run: Run, epoch: int, metrics: Metrics) -> None:
-        self.done = epoch + 1
+        self.epochs[run.id] = epoch + 1
+        self._settle(self.images[run.id])
         accuracy = metrics.get("test_acc")
         if isinstance(accuracy, float):
             self.accuracy[run.id] = accuracy
-        self._describe()
+        self._show()
 
     def end(self, run: Run, status: str, error: str | None) -> None:
-        # What a run that ended early will not train counts as done; what it has trained is no longer under way.
-        self.ended += self.images.get(run.id, 0)
+        # A run that ended early leaves the bar the epochs that it will not train.
+        done = self.epochs.pop(run.id, run.epochs)
+        self.settled += (run.config.get("epochs", 1) - done) * self.images[run.id]
         self.runs.pop(run.id, None)
+        self.accuracy.pop(run.id, None)
         if not self.runs:
             self.under_way = 0
-            self.progress.update(self.task, completed=self.ended)
+        self._show()
         if status != "finished":
             self.say(f"{_named(run)} {status}: {error}; the study goes on")
+
+    def _settle(self, images: int) -> None:
+        self.settled += images
+        self.under_way = max(0, self.under_way - images)
 
     def say(self, text: str) -> None:
         self.progress.console.print(text, markup=False, highlight=False)
 
-    def _describe(self) -> None:
+    def _show(self) -> None:
+        self.progress.update(self.task, completed=self.settled + max(0, self.under_way))
         runs = list(self.runs.values())
         if not runs:
             return
@@ -197,7 +211,7 @@ class _Bar(_Silent):
         text = (
             f"{arms[0]}{f' and {len(arms) - 1} more' if len(arms) > 1 else ''} · "
             f"seed{'s' if len(seeds) > 1 else ''} {seeds[0]}{f'–{seeds[-1]}' if len(seeds) > 1 else ''} · "
-            f"epoch {min(self.done + 1, total)}/{total}{accuracy}"
+            f"epoch {min(self.epochs[runs[0].id] + 1, total)}/{total}{accuracy}"
         )
         self.progress.update(self.task, description=text)
 
@@ -381,11 +395,11 @@ def _watcher(request: Request, console: Console, job: Job, runs: Sequence[Run]) 
     if not console.is_terminal:
         return _Lines(console)
     images = {
-        run.id: (run.config.get("epochs", 1) - run.epochs)
-        * (len(job.data.x_train) if job.study.procedure else len(parts(job.data, run.config).x))
-        for run in runs
+        run.id: len(job.data.x_train) if job.study.procedure else len(parts(job.data, run.config).x) for run in runs
     }
-    return _Bar(console, images)
+    bar = _Bar(console, images)
+    bar.left(runs)
+    return bar
 
 
 def _conclude(job: Job, journal: Journal, study: int, watcher: Any) -> None:
