@@ -319,10 +319,18 @@ def report(
     folder: Annotated[
         Path, typer.Argument(help="The folder that --out named, or one that holds several of those.", metavar="RUNDIR")
     ],
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print what the report says as one JSON object instead, without paths.")
+    ] = False,
 ) -> None:
     """Draw report.html again from the journal in a folder; over several studies also the page that leads to them."""
+    from .lab import analysis, journal, run
     from .lab.report import draw, draw_index
 
+    if json_:
+        with journal.Journal(run.journal_of(folder), mode="read") as opened:
+            typer.echo(json.dumps(analysis.summary(analysis.collect(opened)), ensure_ascii=False, indent=1))
+        return
     drawn = draw(folder) if (folder / "journal.sqlite").is_file() else draw_index(folder)
     typer.echo(f"Report: {drawn}")
 
