@@ -253,7 +253,8 @@ def test_contrasts_say_p_improvement_and_what_could_be_found(page):
     text = text_of(report.render(page))
     _, found, _ = page.verdicts[2]
     # Differences 0.07, 0.04, 0.055: mean 0.055, deviation 0.015, t = (0.055 − 0.01)/(0.015/√3) = 5.196 at 2 degrees
-    # of freedom, whose two-sided p is 1 − t/√(2 + t²) = 0.0351; of the two that explain it is the larger, which Holm leaves as it is.
+    # of freedom, whose two-sided p is 1 − t/√(2 + t²) = 0.0351; of the two that explain it is the larger, which Holm
+    # leaves as it is.
     assert found.p == pytest.approx(1 - 5.196152 / math.sqrt(2 + 27), abs=1e-6)
     assert found.p_holm == pytest.approx(found.p)
     row = "recalibrated against as trained ✓ holds +5.5 points +1.8 to +9.2 0.035 0.035 100% +1.0"

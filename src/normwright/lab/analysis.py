@@ -15,6 +15,7 @@ from .study import EVALUATIONS, Metric
 
 __all__ = ["Curve", "Page", "Row", "Tried", "collect", "counted", "results", "summary", "tuning"]
 
+UNFINISHED = ("pending", "running", "interrupted")
 # Metrics that the engines write, with their names for people; a study's own come from its description.
 KNOWN = {
     metric.name: metric
@@ -115,7 +116,7 @@ class Page:
 
     @property
     def unfinished(self) -> list[Run]:
-        return [run for run in self.runs if run.status in ("pending", "running", "interrupted")]
+        return [run for run in self.runs if run.status in UNFINISHED]
 
     def metric(self, name: str) -> Metric:
         """How a metric of that name is called and written; one that nobody described by its own name."""
@@ -280,8 +281,12 @@ def _verdicts(
 
 
 def _cannot_have(name: str, metric: str, values: Any, runs: Sequence[Run]) -> bool:
-    """Whether an arm finished without the metric, as one without running statistics has no recalibrated accuracy."""
-    return not values(name, metric) and any(run.arm == name and run.status == "finished" for run in runs)
+    """Whether an arm finished without the metric, as one without running statistics has no recalibrated accuracy.
+
+    Before the last run has ended nobody knows: the study's conclusion may add it.
+    """
+    own = [run for run in runs if run.arm == name and run.status == "finished"]
+    return not values(name, metric) and bool(own) and not any(run.status in UNFINISHED for run in runs)
 
 
 def summary(page: Page) -> dict[str, Any]:

@@ -32,7 +32,6 @@ SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "hexag
 DASHES = ("solid", "dash", "dot", "dashdot")
 CROWD = 6  # arms; with more of them, curves show their means alone until one is picked
 LIMIT = 6_000_000  # bytes of a page
-DECADES = {"exponentformat": "power", "minexponent": 4}  # ticks of a logarithmic axis: 0.01, but 10⁻⁵
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,11 @@ def effect(value: float, metric: Metric) -> str:
 
 def unit(metric: Metric) -> str:
     return "points" if metric.form == "share" else f"in {metric.label}"
+
+
+def sentence(text: str) -> str:
+    """A label at the beginning of a line: its first word, but no symbol such as a or γ, begins with a capital."""
+    return text[0].upper() + text[1:] if re.match("[a-z]{2}", text) else text
 
 
 def _wrap(text: str, width: int = 26) -> str:
@@ -212,12 +216,16 @@ def _rows_layout(names: Sequence[str], title: str, row_height: float = 0, **xaxi
 
 def _axis_of(metric: Metric, values: Iterable[float] = ()) -> dict[str, Any]:
     """Tick format of a metric, logarithmic where positive values span more than two decades."""
+    sizes = list(values)
+    if sizes and max(sizes) - min(sizes) < 1e-6 * max(map(abs, sizes)):
+        # Values that differ by rounding alone would stretch over the whole axis.
+        middle, room = sizes[0], 0.01 * abs(sizes[0])
+        return {"range": [middle - room, middle + room]}
     if metric.form == "share":
         return {"tickformat": ".2~f"}
-    sizes = list(values)
     if sizes and min(sizes) > 0 and max(sizes) / min(sizes) > 1e2:
-        return {"type": "log", **DECADES}
-    return {"exponentformat": "power"}
+        return {"type": "log"}
+    return {}
 
 
 def _style(page: Page, name: str) -> tuple[int, int]:
@@ -287,11 +295,6 @@ def _contrast_figures(page: Page) -> list[dict[str, Any]]:
                 "The table of contrasts holds the same numbers.",
             }
         )
-    if found:
-        found[-1]["caption"] = (
-            "Paired by seed: each dot one seed, the bar the mean with its interval. Right of zero the first named is "
-            "larger; the dotted line is the least difference that counts."
-        )
     return found
 
 
@@ -299,7 +302,7 @@ def groups(page: Page) -> list[tuple[str, tuple[Metric, ...]]]:
     """The metrics by the table and plot that they share: the evaluations of one accuracy together, others alone."""
     if page.metrics == EVALUATIONS:
         return [("Test accuracy", EVALUATIONS)]
-    return [(metric.label[:1].upper() + metric.label[1:], (metric,)) for metric in page.metrics]
+    return [(sentence(metric.label), (metric,)) for metric in page.metrics]
 
 
 def _final_figures(page: Page) -> list[dict[str, Any]]:
@@ -331,7 +334,7 @@ def _final_figures(page: Page) -> list[dict[str, Any]]:
         key = ""
         if deepest > 1:
             key = (
-                " From top to bottom in each row: "
+                "From top to bottom in each row: "
                 + ", ".join(
                     f"{m.label} ({mark})" for m, mark in zip(metrics, ("discs", "rings", "crosses"), strict=False)
                 )
@@ -340,9 +343,11 @@ def _final_figures(page: Page) -> list[dict[str, Any]]:
         found.append(
             {
                 "traces": _dots(lanes, form, 0.55 * step if deepest > 1 else 0.4),
-                "layout": _rows_layout(names, title[:1].lower() + title[1:], height, **xaxis),
+                "layout": _rows_layout(
+                    names, metrics[0].label if len(metrics) == 1 else "test accuracy", height, **xaxis
+                ),
                 "title": title,
-                "caption": f"Every seed a dot; the bar is the mean, the line its 95% interval.{key}",
+                "caption": key,
                 "label": f"{title} of every seed for each arm, with mean and interval. The table below holds the same.",
             }
         )
@@ -413,7 +418,7 @@ def _axis_figures(page: Page) -> list[dict[str, Any]]:
                     "yaxis": {"title": {"text": _escape(label)}, **yaxis},
                 },
                 "title": label,
-                "caption": f"{label[:1].upper()}{label[1:]} over the {axis.label}.",
+                "caption": f"{sentence(label)} over the {axis.label}.",
                 "label": f"{label} over the {axis.label} by series, with mean, band and a dot a seed.",
             }
         )
@@ -435,7 +440,8 @@ def _curve_figures(page: Page, detail: Detail) -> list[dict[str, Any]]:
     """Curves by epoch: every seed thin, the mean thick, a band of one standard deviation."""
     found = []
     crowd = len(page.arms) > CROWD
-    for metric in page.curve_metrics():
+    # What was measured once has no curve; the values are drawn above.
+    for metric in page.curve_metrics() if any(len(epochs) > 1 for epochs in page.curves.values()) else ():
         traces: list[dict[str, Any]] = []
         values: list[float] = []
         for arm in (each["name"] for each in page.arms):
@@ -495,7 +501,7 @@ def _curve_figures(page: Page, detail: Detail) -> list[dict[str, Any]]:
             label = "test accuracy, as trained"
         positive = metric.form != "share" and bool(values) and min(values) > 0
         logarithmic = positive and (metric.name.endswith("_loss") or max(values) / min(values) > 1e2)
-        yaxis = {"type": "log", **DECADES} if logarithmic else _axis_of(metric)
+        yaxis = {"type": "log"} if logarithmic else _axis_of(metric, values)
         found.append(
             {
                 "traces": traces,
@@ -510,7 +516,7 @@ def _curve_figures(page: Page, detail: Detail) -> list[dict[str, Any]]:
                     "yaxis": {"title": {"text": _escape(label)}, **yaxis},
                 },
                 "title": label,
-                "caption": f"{label[:1].upper()}{label[1:]} by epoch" + (", logarithmic." if logarithmic else "."),
+                "caption": f"{sentence(label)} by epoch" + (", logarithmic." if logarithmic else "."),
                 "label": f"{label} by epoch for every arm, with mean, band and a line a seed.",
             }
         )
@@ -651,7 +657,13 @@ def _template(file: str, **values: Any) -> str:
     )
     # Non-finite numbers are not JSON; figures hold none, and dumps says so if that were to change.
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "sort_keys": False, "separators": (",", ":")}
-    environment.filters |= {"written": written, "short": written_short, "effect": effect, "unit": unit}
+    environment.filters |= {
+        "written": written,
+        "short": written_short,
+        "effect": effect,
+        "unit": unit,
+        "sentence": sentence,
+    }
     return environment.get_template(file).render(**values)
 
 

@@ -16,7 +16,7 @@ function axis(own = {}) {
   const title = typeof own.title === "string" ? { text: own.title } : own.title;
   return {
     gridcolor: "--grid", linecolor: "--line", zerolinecolor: "--muted", zerolinewidth: 1, zeroline: false,
-    tickcolor: "--line", automargin: true, fixedrange: true, ...own,
+    tickcolor: "--line", automargin: true, fixedrange: true, exponentformat: "power", minexponent: 4, ...own,
     title: { font: { size: 13 }, standoff: 10, ...title },
   };
 }
