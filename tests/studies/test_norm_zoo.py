@@ -10,6 +10,8 @@ from torch import nn
 
 import normwright as nw
 from normwright.catalog import CATALOG
+from normwright.lab.data import Dataset
+from normwright.lab.engine import Job, Start, initial
 from normwright.lab.study import Moment, plan
 from normwright.studies import norm_zoo
 from normwright.studies.norm_zoo import LEFT_OUT, STUDY, Ghost, build, evaluation, from_row, layers_of, observe, refresh
@@ -92,6 +94,34 @@ def test_weight_standardization_is_of_all_convolutions():
         weight = conv.weight.detach().double().flatten(1)
         torch.testing.assert_close(weight.mean(1), torch.zeros(len(weight), dtype=torch.double), atol=1e-5, rtol=0)
         torch.testing.assert_close(weight.var(1, correction=0), torch.ones(len(weight)).double(), atol=1e-2, rtol=0)
+
+
+def test_scaled_standardization_keeps_the_variance():
+    """Without norms, the mean square of what leaves each convolution stays within a factor of two through the depth."""
+    model = build(plan(STUDY, "digits", {}).arms["WeightStandardization"], (3, 24, 24), 10)
+    h, squares = torch.randn(16, 3, 24, 24), []
+    for name, layer in model.named_children():
+        h = layer(h).detach()
+        if name.startswith("conv"):
+            squares.append(float(h.square().mean()))
+    assert max(squares) < 2.5 * min(squares)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_convolutions_start_alike_and_norms_as_they_were_made(arm):
+    arms, none = plan(STUDY, "digits", {}).arms, torch.zeros(0)
+    data = Dataset("tiny", torch.zeros(2, 1, 12, 12), none, none, none, tuple("0123456789"), "", "")
+    job = Job(STUDY, data, arms, torch.device("cpu"))
+    settings, of_first = {**arms[arm], "lr": 0.05}, {**arms[ARMS[0]], "lr": 0.05}
+    model, first = initial(job, Start(0, arm, 2, settings)), initial(job, Start(0, ARMS[0], 2, of_first))
+    if "WS" in arm:
+        assert torch.equal(model.conv3.parametrizations.weight.original, first.conv3.weight)
+    else:
+        assert torch.equal(model.conv3.weight, first.conv3.weight)
+    fresh = dict(build(settings, (1, 12, 12), 10).named_parameters())
+    for name, parameter in model.named_parameters():
+        if not name.startswith(("conv", "output")):
+            assert torch.equal(parameter, fresh[name]), name
 
 
 def test_ghost_takes_a_ragged_batch():

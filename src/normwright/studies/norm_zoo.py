@@ -125,15 +125,20 @@ def build(settings: Mapping[str, Any], shape: tuple[int, int, int], classes: int
     layers: list[tuple[str, nn.Module]] = []
     channels = shape[0]
     for place, (features, stride) in enumerate(((16, 1), (32, 2), (32, 1), (64, 2)), start=1):
-        conv = nn.Conv2d(channels, features, 3, stride, padding=1)
+        conv: nn.Conv2d
+        if norm == "WeightStandardization":  # alone it needs the gain that keeps the variance
+            conv = nw.ScaledStdConv2d(channels, features, 3, stride, padding=1, gamma="relu")
+        else:
+            conv = nn.Conv2d(channels, features, 3, stride, padding=1)
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
         layers.append((f"conv{place}", conv))
         for layer in make(features):
-            layers.append((f"{'act' if isinstance(layer, nn.ReLU) else 'norm'}{place}", layer))
+            # a name of its own: the engine starts parameters of one name alike, and norms start differently
+            layers.append((f"{'act' if isinstance(layer, nn.ReLU) else norm}{place}", layer))
         channels = features
     layers += [("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()), ("output", nn.Linear(channels, classes))]
     model = nn.Sequential(OrderedDict(layers))
-    if norm in ("WeightStandardization", "WS+GroupNorm"):
+    if norm == "WS+GroupNorm":
         nw.standardize_weights(model)
     return model
 
