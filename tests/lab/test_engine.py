@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from normwright.lab import engine
-from normwright.lab.data import Dataset
 from normwright.lab.errors import UserError
 from normwright.lab.executor import in_process
 from normwright.lab.journal import Journal
@@ -42,19 +41,6 @@ STUDY = Study(
     fixed={"epochs": 3, "batch_size": 16, "optimizer": "sgd"},
     nuisance={"lr": 0.5},
 )
-
-
-@pytest.fixture(scope="module")
-def data():
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.rand(3, 1, 4, 4, generator=generator)
-
-    def draw(n):
-        y = torch.arange(n) % 3
-        return centres[y] + 0.3 * torch.randn(n, 1, 4, 4, generator=generator), y
-
-    (x_train, y_train), (x_test, y_test) = draw(100), draw(50)
-    return Dataset("blobs", x_train, y_train, x_test, y_test, ("a", "b", "c"), "made up", "0" * 64)
 
 
 def job(data, study=STUDY, **overrides):

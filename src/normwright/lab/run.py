@@ -269,12 +269,20 @@ def _plain(value: Any) -> str:
 
 def _open(journal: Journal, study: Study, source: str, settings: dict[str, Any], sha256: str, command: str) -> Recorded:
     """The study's row in the journal, new or, if it is there with the same settings and data, the old one."""
-    if not any(recorded.name == study.name for recorded in journal.studies()):
+
+    def known() -> bool:
+        return any(recorded.name == study.name for recorded in journal.studies())
+
+    if not known():
         config = {"description": study.description(), "settings": settings}
         about = {**environment(), "allocator": tune_allocator().reason}
-        return journal.create_study(
-            study.name, config, source=source, data_sha256=sha256, command=command, environment=about
-        )
+        try:
+            return journal.create_study(
+                study.name, config, source=source, data_sha256=sha256, command=command, environment=about
+            )
+        except UserError:
+            if not known():  # another process was faster
+                raise
     recorded = journal.open_study(study.name)
     differ = _differences(recorded.config["settings"], settings)
     if differ:

@@ -70,7 +70,7 @@ class BatchNormByHand(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         momentum, eps = 0.9, 1e-5
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():  # noqa: NW901
             normalized = (x - self.moving_mean) / torch.sqrt(self.moving_var + eps)
         else:
             axes = (0, 2, 3) if x.ndim == 4 else (0,)
