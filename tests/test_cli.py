@@ -100,7 +100,7 @@ def test_without_a_terminal_a_plain_line_an_epoch_and_a_table(command, tmp_path)
         (["--epochs", "0"], "--epochs is a whole number of at least 1; got 0."),
         (["--batch-size", "1"], "--batch-size is a whole number of at least 2 images; got 1."),
         (["--norm", "bogus"], "got 'bogus'"),
-        (["--norm", ""], "got ''"),
+        (["--norm", ""], "got 'norm='"),
         (["--optimizer", "lion"], "got 'lion'"),
         (["--engine", "warp"], "--engine is one of auto, packed, sequential; got 'warp'."),
         (["--executor", "moon"], "--executor is one of here, ray; got 'moon'."),
@@ -157,7 +157,7 @@ def test_runs_of_a_dead_machine_are_released(command, tmp_path):
 
 
 def test_a_missing_extra_is_named(command, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
     code, _, error = command(*TINY, tmp_path / "run")
     assert code == 2
     assert "pip install 'normwright[lab]'" in error
@@ -283,3 +283,78 @@ def test_help_is_quick():
     heavy = ("plotly", "scipy", "sklearn", "PIL", "numba")
     code = f"import sys, normwright.cli; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+OWN = '''
+"""A study of one's own."""
+import torch
+from torch import nn
+from normwright.lab.data import Dataset
+from normwright.lab.study import Arm, Contrast, Study
+
+def build(settings, shape, classes):
+    if settings["width"] == 13:
+        raise ZeroDivisionError("thirteen")
+    size = shape[0] * shape[1] * shape[2]
+    return nn.Sequential(nn.Flatten(), nn.Linear(size, settings["width"]), nn.BatchNorm1d(settings["width"]),
+                         nn.ReLU(), nn.Linear(settings["width"], classes))
+
+def data():
+    y = torch.arange(60) % 3
+    x = torch.nn.functional.one_hot(y, 4).float().reshape(60, 1, 2, 2) + 0.1 * torch.randn(60, 1, 2, 2)
+    return Dataset("mine", x[:40], y[:40], x[40:], y[40:], ("a", "b", "c"), "made up", "0" * 64)
+
+STUDY = Study(
+    name="own", title="Own", question="Wide?", claim="Wider is better.", source="none", data=data, build=build,
+    arms=(Arm("narrow", "narrow", {"width": 2}), Arm("wide", "wide", {"width": 16})),
+    contrasts=(Contrast("wide against narrow", ("wide", "test_acc"), ("narrow", "test_acc")),),
+    fixed={"epochs": 2, "batch_size": 8, "optimizer": "sgd"}, nuisance={"lr": 0.5}, seeds=2,
+)
+'''
+
+
+def test_a_study_of_ones_own_with_its_own_network_and_data(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    code, printed, error = command("study", "own.py", "--json")
+    assert code == 0, error
+    found = json.loads(printed)
+    assert (found["study"], found["data"], found["seeds"], found["complete"]) == ("own", "mine", [0, 1], True)
+    assert found["verdicts"][0]["n"] == 2
+    assert {"journal.sqlite", "report.html"} <= set(os.listdir(tmp_path / "runs" / "own-mine"))
+    code, printed, error = command("study", "own.py", "width=16", "lr=0.1,1", "--quiet", "--out", "two")
+    assert (code, printed) == (0, ""), error
+    assert {(arm, status) for arm, _, status, _ in metrics(tmp_path / "two")} == {
+        ("wide-lr-0.1", "finished"), ("wide-lr-1.0", "finished"),
+    }  # fmt: skip
+    code, printed, _ = command("report", "runs")
+    assert (code, printed) == (0, "Report: runs/index.html\n")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ('{"width": 16}', '{"width": 13}', "build= of own raised for the arm wide: ZeroDivisionError: thirteen"),
+        ('{"width": 16}', '{"width": 2}', "The arms narrow and wide of own do not differ"),
+        ("    y = torch.arange(60) % 3", "    raise OSError('no disk')", "The data of own raised OSError: no disk"),
+        ("    return Dataset(", "    return dict(", "The data of own raised TypeError"),
+        ("STUDY = Study(", "STUDY = dict(", "holds no study"),
+        ('("narrow", "test_acc")', '("none", "test_acc")', "names an arm 'none' that there is not"),
+    ],
+)
+def test_what_is_wrong_with_ones_own_study_is_one_sentence(command, tmp_path, monkeypatch, old, new, text):
+    monkeypatch.chdir(tmp_path)
+    assert old in OWN
+    (tmp_path / "own.py").write_text(OWN.replace(old, new))
+    code, printed, error = command("study", "own.py")
+    assert (code, printed) == (2, "")
+    assert text in error
+    assert error.count("\n") == 1
+    assert os.listdir(tmp_path) == ["own.py"]
+
+
+def test_tables_of_a_journal(command, tmp_path):
+    assert command(*TINY, tmp_path / "run", "--quiet")[0] == 0
+    code, printed, _ = command("runs", tmp_path / "run", "--table", tmp_path / "runs.csv")
+    assert (code, printed.split()) == (0, ["Wrote", f"{tmp_path}/runs.csv", "Wrote", f"{tmp_path}/runs-epochs.csv"])
+    assert len((tmp_path / "runs.csv").read_text().splitlines()) == 3
