@@ -17,8 +17,10 @@ import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from lenet_loop import by_hand, network, quartiles
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -36,7 +38,10 @@ BATCH = 256
 
 
 class Images(Dataset):
-    """Images as bytes, each made a tensor when it is asked for, as torchvision's FashionMNIST with ToTensor does."""
+    """Images as bytes, each made a PIL image and then a tensor when it is asked for.
+
+    As torchvision's FashionMNIST with ToTensor does, written out: torchvision does not load beside every torch.
+    """
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self.x = ((x - x.min()) / (x.max() - x.min()) * 255).to(torch.uint8).squeeze(1)
@@ -46,10 +51,9 @@ class Images(Dataset):
         return len(self.x)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        from PIL import Image
-        from torchvision.transforms.functional import to_tensor
-
-        return to_tensor(Image.fromarray(self.x[i].numpy())), int(self.y[i])
+        image = Image.fromarray(self.x[i].numpy())
+        pixels = torch.from_numpy(np.array(image, copy=True)).view(*image.size[::-1], 1)
+        return pixels.permute(2, 0, 1).contiguous().to(torch.float32).div(255), int(self.y[i])
 
 
 def with_loader(model: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader) -> None:
