@@ -55,7 +55,7 @@ def test_digits_count_the_agreement():
 
 @pytest.mark.parametrize("arm", ["sgd", "lbfgs", "adam_l2"])
 def test_what_minimizes_the_penalized_loss_reaches_both_modes(data, arm):
-    found = run(data, arm)
+    found = run(data, arm, tau=0.8)
     assert found["ridge"] > 4
     assert found["logistic"] > 4
     assert found["least_squares"] < 1.5

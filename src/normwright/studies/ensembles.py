@@ -115,7 +115,7 @@ def recalibrated(network: nn.Module, images: Tensor) -> nn.Module:
         return network
     network = copy.deepcopy(network)
     recalibrate(network, list(images.split(BATCH)))
-    return network.eval()
+    return network
 
 
 def conclude(conclusion: Conclusion) -> Concluded:
