@@ -129,7 +129,7 @@ def trained(points: Tensor, norm: str, x: Tensor, y: Tensor, classes: int, seed:
     return networks
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)  # of 312 numbers each; runs come arm by arm, so all seeds must stay
 def surface(data: Dataset, norm: str, seed: int, epochs: int, validation: int) -> np.ndarray:
     """Validation accuracy at every point of the fine grid, an axis a hyperparameter. The arms of a seed share it.
 
