@@ -226,6 +226,12 @@ def observe(moment: Moment) -> dict[str, Any]:
 def contours(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> dict[str, Any]:
     """The axes' ratio over pairs of weights, the share that has an ellipse, and seed 0's first pair as a picture."""
     weight = model.get_parameter("layer2.weight")
+    # What lies before that layer does not change: its output is computed once.
+    layers = OrderedDict(model.named_children())
+    place = list(layers).index("layer2")
+    before, after = (nn.Sequential(*part) for part in (list(layers.values())[:place], list(layers.values())[place:]))
+    with torch.no_grad():
+        hidden = before(x)
     unit_size = float(weight.detach().square().mean().sqrt())
     generator = torch.Generator().manual_seed(0)  # the same weights in every run
     fit = [FIT_SPAN * unit_size * step / 2 for step in range(-2, 3)]
@@ -234,11 +240,11 @@ def contours(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> dict[str, Any
     for pair in range(PAIRS):
         unit = int(torch.randint(weight.shape[0], (), generator=generator))
         first, second = torch.randperm(weight.shape[1], generator=generator)[:2].tolist()
-        ratio = axes_ratio(loss_grid(model, x, y, weight, unit, (first, second), fit), fit)
+        ratio = axes_ratio(loss_grid(after, hidden, y, weight, unit, (first, second), fit), fit)
         ratios += [] if ratio is None else [ratio]
         if pair == 0 and seed == 0:
             shown = [SHOWN_SPAN * unit_size * step / 10 for step in range(-10, 11)]
-            found["contour"] = loss_grid(model, x, y, weight, unit, (first, second), shown).tolist()
+            found["contour"] = loss_grid(after, hidden, y, weight, unit, (first, second), shown).tolist()
             found["contour_at"] = shown
     found["ellipses"] = len(ratios) / PAIRS
     if ratios:
