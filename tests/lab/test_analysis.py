@@ -54,7 +54,7 @@ CONCLUSION = {
 }
 
 
-def write(folder, asked=None, conclusion=CONCLUSION, command="normwright study widths", source="made up"):
+def write(folder, asked=None, conclusion=CONCLUSION, command="normwright study widths", source="made up", most=24):
     asked = asked or study()
     arms = {arm.name: {**asked.fixed, **asked.nuisance, **arm.settings} for arm in asked.arms}
     settings = {
@@ -69,7 +69,8 @@ def write(folder, asked=None, conclusion=CONCLUSION, command="normwright study w
         for seed in range(3):
             for arm, momentum in RUNS:
                 journal.add_run(recorded.id, arm, seed, {**arms[arm], "momentum": momentum})
-        while run := journal.claim_run(recorded.id):
+        for _ in range(most):
+            run = journal.claim_run(recorded.id)
             found = RUNS[run.arm, run.config["momentum"]][run.seed]
             if found is None:
                 journal.record_epoch(run.id, 0, {"train_loss": math.inf})
@@ -163,6 +164,14 @@ def test_a_study_that_has_not_concluded_is_undecided(tmp_path):
     page = collect(write(tmp_path, conclusion=None))
     _, verdict, seeds = page.decision
     assert (verdict.word, verdict.n, seeds) == ("undecided", 0, ())
+
+
+def test_before_the_last_run_has_ended_no_contrast_is_left_out(tmp_path):
+    # bn-1 has finished without the accuracy that a conclusion may yet add.
+    late = Contrast("of an ensemble", ("bn-1", "ensemble_acc"), ("bn-1", "test_acc"))
+    page = collect(write(tmp_path, study(contrasts=(late,)), conclusion=None, most=8))
+    assert len(page.unfinished) == 16
+    assert (page.decision[1].word, page.decision[1].n) == ("undecided", 0)
 
 
 def test_curves_are_means_and_deviations_over_the_runs_that_count(page):

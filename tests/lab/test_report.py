@@ -283,6 +283,7 @@ def test_an_axis_tuning_and_own_figures(axis_folder):
     assert drawn["plot-axis-0"]["layout"]["xaxis"]["type"] == "log"
     dots = next(t for t in drawn["plot-axis-0"]["traces"] if t["meta"]["part"] == "seed")
     assert len(dots["x"]) == 12
+    assert "plot-axis-1" not in drawn
     # The arms lie on the axis; what the dots show by row is the series alone.
     assert drawn["plot-final-0"]["layout"]["meta"]["rows"] == ["batch norm", "no norm"]
     assert [key for key in drawn if "own" in key] == ["plot-own-0", "plot-own-1"]
@@ -487,6 +488,8 @@ def test_the_index_lists_every_study_and_what_it_could_not_draw(several):
         )
     )
     assert low < zero < effect < high
+    # That interval is the widest of all; a twenty-fifth of it is left free at either end.
+    assert (low, high) == (pytest.approx(100 * 0.04 / 1.08, abs=0.01), pytest.approx(100 * 1.04 / 1.08, abs=0.01))
     assert (effect - zero) / (high - zero) == pytest.approx(1.5 / 20.56, abs=0.01)
 
 
