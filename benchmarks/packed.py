@@ -33,7 +33,7 @@ from normwright.lab.packed import FlatOptimizer, fastest, pack, train_epoch
 from normwright.lab.study import plan
 from normwright.studies.lenet import STUDY
 
-TURN = 2_560  # images
+TURN = 1_280  # images
 BATCH = 256
 
 
