@@ -424,7 +424,7 @@ def test_use_without_with_stays():
 
 @pytest.mark.parametrize("name", ["gpu", "CPU", "", 3])
 def test_use_of_an_unknown_kernel(name):
-    with pytest.raises(ValueError, match="A kernel is one of 'cpu', 'native', or None for the best; got") as caught:
+    with pytest.raises(ValueError, match="A kernel is one of 'cpu', 'triton', 'native', or None for the best; got") as caught:
         nw.use(name)
     assert repr(name) in str(caught.value)
     assert dispatch._demanded is None
@@ -450,7 +450,7 @@ def test_the_free_choice_is_the_kernel_from_the_measured_size_on(layer, of, shap
 
 def test_gradients_and_a_fused_activation_move_the_crossing():
     elements = cpu.WORTH["layer_norm"]
-    x = torch.empty(elements)
+    x = torch.empty(elements, dtype=torch.bfloat16)
     assert cpu.few(x[1:], "layer_norm", False)
     assert not cpu.few(x, "layer_norm", False)
     assert not cpu.few(x[: elements // 2], "layer_norm", True)

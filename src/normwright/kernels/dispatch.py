@@ -22,6 +22,8 @@ __all__ = ["BACKENDS", "Choice", "Explanation", "at_once", "explain", "run", "us
 
 # name -> module, best first
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton}
+# the backend that a device has; another's refusal would say nothing
+_OWN = {"cpu": "cpu", "cuda": "triton"}
 
 _demanded: str | None = None
 _record: _Record | None = None
@@ -109,8 +111,9 @@ def run(call: Call) -> Tensor:
     refused: dict[str, str] = {}
     chosen, backend, prepared = "native", native, None
     if _demanded != "native":
+        own = _OWN.get(call.x.device.type)
         for name, candidate in BACKENDS.items():
-            if _demanded is not None and name != _demanded:
+            if name != _demanded and (_demanded is not None or own not in (None, name)):
                 continue
             prepared = candidate.prepare(call, _demanded is not None)
             if not isinstance(prepared, str):
