@@ -424,7 +424,8 @@ def test_use_without_with_stays():
 
 @pytest.mark.parametrize("name", ["gpu", "CPU", "", 3])
 def test_use_of_an_unknown_kernel(name):
-    with pytest.raises(ValueError, match="A kernel is one of 'cpu', 'triton', 'native', or None for the best; got") as caught:
+    known = "A kernel is one of 'cpu', 'triton', 'native', or None for the best; got"
+    with pytest.raises(ValueError, match=known) as caught:
         nw.use(name)
     assert repr(name) in str(caught.value)
     assert dispatch._demanded is None

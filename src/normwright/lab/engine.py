@@ -263,6 +263,8 @@ def three_ways(model: nn.Module, part: Parts, settings: Mapping[str, Any], last:
     loss, accuracy = evaluate(model, part.x_test, part.y_test)
     metrics = {"test_loss": loss, "test_acc": accuracy}
     modules = _running(model)
+    if not math.isfinite(loss):
+        return metrics  # it has diverged: there is nothing to recalibrate
     if not modules:
         return metrics | _validated(model, part)
     wanted = settings.get("recalibrate") if last else RECALIBRATION_IMAGES

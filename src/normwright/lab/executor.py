@@ -61,7 +61,7 @@ def groups(job: Job, runs: Sequence[Run], engine: str, watcher: Watcher) -> list
 
     Errors: `UserError` if `engine` is "packed" and an arm cannot be.
     """
-    if engine == "sequential":
+    if engine == "sequential" or (engine == "auto" and job.study.procedure is not None):
         return [[run] for run in runs]
     from .packed import WIDTH
 
@@ -79,7 +79,7 @@ def groups(job: Job, runs: Sequence[Run], engine: str, watcher: Watcher) -> list
             reasons[arm] = reason = why_not_packed(job, arm)
             if reason is not None and engine == "packed":
                 raise UserError(f"--engine packed: {arm} cannot train packed, since {reason}; use auto or sequential.")
-            if reason is not None and job.study.procedure is None:
+            if reason is not None:
                 watcher.say(f"{arm}: its networks train one by one, since {reason}")
         found += [[run] for run in same if reasons.get(run.arm) is not None]
         rest = [run for run in same if reasons.get(run.arm) is None]

@@ -120,5 +120,5 @@ STUDY = Study(
     metrics=(*EVALUATIONS, Metric("train_acc", "accuracy while training", "share", "higher")),
     published=(Published("ResNet-866 on CIFAR-10, γ and β alone", None, 1, {"test_acc": (0.82, None)}),),
     published_data="cifar10",
-    smoke={"validation": 50},
+    smoke={"validation": 50, "lr": 0.01},  # one rate: nothing is tuned
 )

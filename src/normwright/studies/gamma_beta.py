@@ -224,7 +224,7 @@ STUDY = Study(
         Metric("gamma_within", "γ in [1, 2], layers 2–4", "share"),
         Metric("beta_near", f"β within ±{NEAR_ZERO}, layers 2–4", "share"),
         Metric("beta_size", "mean |β|, layers 2–4"),
-        Metric("gamma1_within", "γ in [1, 2], layer 1", "share"),
+        *(Metric(f"gamma{layer}_within", f"γ in [1, 2], layer {layer}", "share") for layer in LAYERS),
         *(Metric(f"gamma{layer}_mean", f"mean γ, layer {layer}") for layer in LAYERS),
         Metric("gamma1_sd", "deviation of γ, layer 1"),
         Metric("test_acc_recalibrated", "test accuracy, recalibrated", "share", "higher"),

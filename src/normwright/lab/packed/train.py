@@ -179,9 +179,11 @@ def _three_ways(
     images = part.x if wanted is None else part.x[:wanted]
     pieces = [images[start:stop] for start, stop in batches(len(images), EVALUATION_BATCH)]
     receipt = recalibrate(pack.network, pieces, method="layerwise" if last else "one_pass")
-    add("test_acc_recalibrated", part.x_test, part.y_test)
+    if receipt.edits:  # none: running statistics that are no mean and variance, as whitening's, stay as they are
+        add("test_acc_recalibrated", part.x_test, part.y_test)
     add("val_acc", part.x_validation, part.y_validation)
-    receipt.undo()
+    if receipt.edits:
+        receipt.undo()
     kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers(recurse=False)]
     for module in modules:
         module.train()
