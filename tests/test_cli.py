@@ -70,8 +70,11 @@ def test_a_smoke_study_end_to_end(command, tmp_path):
     before = (out / "journal.sqlite").read_bytes()
     code, _, error = command(*TINY, out, "--resume", "--lr", 0.25, "--seeds", 2)
     assert code == 2
-    assert "seeds (there 1, here 2)" in error
     assert "arms bn lr (there 1.0, here 0.25)" in error
+    assert "seeds" not in error
+    code, _, error = command("study", "lenet", "arm=bn", "--smoke", "--out", out, "--resume")
+    assert code == 2
+    assert "arms none (there present, here absent)" in error
     assert (out / "journal.sqlite").read_bytes() == before
     (out / "report.html").unlink()
     code, printed, _ = command("report", out)
@@ -136,6 +139,28 @@ def test_other_wrong_commands(command, tmp_path):
         code, _, error = command(*arguments)
         assert code == 2
         assert text in error
+
+
+def test_a_study_goes_on_with_more_seeds_and_more_arms(command, tmp_path):
+    out = tmp_path / "run"
+    assert command(*TINY, out, "--quiet")[0] == 0
+    before = metrics(out)
+    code, printed, error = command(
+        "study", "lenet", "arm=bn,none,bn-24", "--smoke", "--seeds", 2, "--out", out, "--resume", "--json"
+    )
+    assert code == 0, error
+    found = json.loads(printed)
+    assert (found["seeds"], found["complete"]) == ([0, 1], True)
+    assert {(row["arm"], row["n"]) for row in found["results"]} == {("bn", 2), ("none", 2), ("bn-24", 2)}
+    assert "arm=bn,none,bn-24" in found["command"]
+    after = metrics(out)
+    assert after[:2] == before
+    assert [(arm, seed) for arm, seed, *_ in after] == [
+        ("bn", 0), ("none", 0), ("bn-24", 0), ("bn", 1), ("none", 1), ("bn-24", 1),
+    ]  # fmt: skip
+    code, _, error = command(*TINY, out, "--resume", "--quiet")
+    assert code == 2
+    assert "seeds (there 2, here 1)" in error
 
 
 def test_runs_of_a_dead_machine_are_released(command, tmp_path):

@@ -448,6 +448,11 @@ class Journal:
             )
         return self.open_study(name)
 
+    def extend_study(self, study: int, config: Mapping[str, Any], command: str) -> None:
+        """Give a study that goes on with more arms or seeds its new config, and the command that runs all of it."""
+        with self._writing() as db:
+            db.execute("UPDATE study SET config = ?, command = ? WHERE id = ?", (_config_json(config), command, study))
+
     def open_study(
         self, name: str, config: Mapping[str, Any] | None = None, *, data_sha256: str | None = None
     ) -> Study:

@@ -268,7 +268,10 @@ def _plain(value: Any) -> str:
 
 
 def _open(journal: Journal, study: Study, source: str, settings: dict[str, Any], sha256: str, command: str) -> Recorded:
-    """The study's row in the journal, new or, if it is there with the same settings and data, the old one."""
+    """The study's row in the journal: new, or the old one if it is there with the same settings and data.
+
+    More seeds and more arms are more of the same, and are taken up; the command is then the new one.
+    """
 
     def known() -> bool:
         return any(recorded.name == study.name for recorded in journal.studies())
@@ -283,14 +286,22 @@ def _open(journal: Journal, study: Study, source: str, settings: dict[str, Any],
         except UserError:
             if not known():  # another process was faster
                 raise
-    recorded = journal.open_study(study.name)
-    differ = _differences(recorded.config["settings"], settings)
+    recorded = journal.open_study(study.name, data_sha256=sha256)
+    old = recorded.config["settings"]
+    shared = {
+        **settings,
+        "seeds": settings["seeds"][: len(old["seeds"])],
+        "arms": {arm: values for arm, values in settings["arms"].items() if arm in old["arms"]},
+    }
+    differ = _differences(old, shared)
     if differ:
         raise UserError(
             f"The study in {journal.path.parent} was begun with other settings: {'; '.join(differ)}. Resume it with "
             "its own, or choose another --out."
         )
-    return journal.open_study(study.name, data_sha256=sha256)
+    if shared != settings:
+        journal.extend_study(recorded.id, {"description": study.description(), "settings": settings}, command)
+    return journal.open_study(study.name)
 
 
 def _data(study: Study, request: Request, progress: bool) -> Dataset:
