@@ -162,8 +162,8 @@ def partials(
     n, mean, m2 = _statistics(
         x, mask, o, k, first, tl.minimum(first + chunk, R), A, K, B, R, CENTER, MASKED, COMPUTE, BK, BR
     )
-    at = split.to(tl.int64) * Q + o * K + k
-    size = splits.to(tl.int64) * Q
+    at = tl.cast(split, tl.int64) * Q + o * K + k
+    size = tl.cast(splits, tl.int64) * Q
     tl.store(parts + at, n, mask=k < K)
     tl.store(parts + size + at, mean, mask=k < K)
     tl.store(parts + 2 * size + at, m2, mask=k < K)
@@ -171,11 +171,10 @@ def partials(
 
 @triton.jit
 def _normalized_tile(
-    v, valid, offsets, o, k, r, mean, rstd, y, weight, bias, residual, K, B, G, P, S,
+    v, valid, offsets, o, k, r, mean, rstd, weight, bias, residual, K, B, G, P, S,
     W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BY_R: tl.constexpr, ACT: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    inside = (k[:, None] < K) & (r < (r + 1))
     z = _centred(v, mean[:, None]) * rstd[:, None]
     p = _parameter(o, k[:, None], r, K, B, G, P, S, BY_R)
     if W:
@@ -185,7 +184,7 @@ def _normalized_tile(
     if RESIDUAL:
         z = z + tl.load(residual + offsets, mask=valid, other=0.0).to(COMPUTE)
     z = _activate(z, ACT)
-    return tl.where(valid & inside, z, 0.0)
+    return tl.where(valid, z, 0.0)
 
 
 @triton.jit
@@ -202,7 +201,7 @@ def _apply_loop(
         offsets = _offsets(o, k[:, None], r, A, K, B)
         v, valid = _load(x, mask, offsets, inside, MASKED, COMPUTE)
         z = _normalized_tile(
-            v, valid, offsets, o, k, r, mean, rstd, y, weight, bias, residual, K, B, G, P, S,
+            v, valid, offsets, o, k, r, mean, rstd, weight, bias, residual, K, B, G, P, S,
             W, BIAS, RESIDUAL, BY_R, ACT, COMPUTE,
         )  # fmt: skip
         tl.store(y + offsets, z.to(y.dtype.element_ty), mask=inside)
@@ -231,7 +230,8 @@ def _keep(
 
 @triton.jit
 def forward(
-    x, mask, y, weight, bias, residual, statistics, running_mean, running_var, A, K, B, R, G, P, S, Q, eps, new_weight,
+    x, mask, y, weight, bias, residual, statistics, running_mean, running_var,
+    A, K, B, R, G, P, S, Q, eps: tl.constexpr, new_weight,
     CENTER: tl.constexpr, MOVES: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     BY_R: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr, ONE: tl.constexpr,
     BK: tl.constexpr, BR: tl.constexpr,
@@ -248,7 +248,7 @@ def forward(
         mean = pivot.to(tl.float64) + mean.to(tl.float64)
         rstd = 1 / tl.sqrt(m2 / tl.maximum(n, 1) + eps)
         z = _normalized_tile(
-            v, valid, offsets, o, k, r, mean, rstd, y, weight, bias, residual, K, B, G, P, S,
+            v, valid, offsets, o, k, r, mean, rstd, weight, bias, residual, K, B, G, P, S,
             W, BIAS, RESIDUAL, BY_R, ACT, COMPUTE,
         )  # fmt: skip
         tl.store(y + offsets, z.to(y.dtype.element_ty), mask=inside)
@@ -265,7 +265,7 @@ def forward(
 @triton.jit
 def apply(
     x, mask, y, weight, bias, residual, parts, statistics, running_mean, running_var,
-    A, K, B, R, G, P, S, Q, stored, splits, chunk, eps, new_weight,
+    A, K, B, R, G, P, S, Q, stored, splits, chunk, eps: tl.constexpr, new_weight,
     GIVEN: tl.constexpr, CENTER: tl.constexpr, MOVES: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, BY_R: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
     BK: tl.constexpr, BR: tl.constexpr,
@@ -280,7 +280,7 @@ def apply(
     else:
         n = tl.zeros([BK], tl.float64)
         mean, m2 = tl.zeros([BK], tl.float64), tl.zeros([BK], tl.float64)
-        size = splits.to(tl.int64) * Q
+        size = tl.cast(splits, tl.int64) * Q
         for s in range(splits):
             at = s * Q + o * K + k
             count = tl.load(parts + at, mask=k < K, other=0.0)
@@ -322,7 +322,9 @@ def _gradient_tile(
 
 
 @triton.jit
-def _given(statistics, at, inside, Q, eps, MASKED: tl.constexpr, COUNTED: tl.constexpr, COMPUTE: tl.constexpr, R):
+def _given(
+    statistics, at, inside, Q, eps: tl.constexpr, MASKED: tl.constexpr, COUNTED: tl.constexpr, COMPUTE: tl.constexpr, R
+):
     """Mean (float64), 1/√(variance + eps) and one over the count of statistics."""
     mean = tl.load(statistics + at, mask=inside, other=0.0)
     rstd = (1 / tl.sqrt(tl.load(statistics + Q + at, mask=inside, other=1.0) + eps)).to(COMPUTE)
@@ -335,7 +337,7 @@ def _given(statistics, at, inside, Q, eps, MASKED: tl.constexpr, COUNTED: tl.con
 
 @triton.jit
 def backward_partials(
-    x, mask, dy, extra, weight, bias, statistics, sums, A, K, B, R, G, P, stored, chunk, Q, eps,
+    x, mask, dy, extra, weight, bias, statistics, sums, A, K, B, R, G, P, stored, chunk, Q, eps: tl.constexpr,
     W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
     COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -358,15 +360,15 @@ def backward_partials(
         )  # fmt: skip
         plain += tl.sum(g, 1)
         scaled += tl.sum(g * normal, 1)
-    at = split.to(tl.int64) * Q + o * K + k
+    at = tl.cast(split, tl.int64) * Q + o * K + k
     tl.store(sums + at, plain, mask=k < K)
-    tl.store(sums + splits.to(tl.int64) * Q + at, scaled, mask=k < K)
+    tl.store(sums + tl.cast(splits, tl.int64) * Q + at, scaled, mask=k < K)
 
 
 @triton.jit
 def backward_apply(
     x, mask, dy, extra, weight, bias, statistics, sums, dx, dresidual,
-    A, K, B, R, G, P, S, Q, stored, splits, chunk, eps,
+    A, K, B, R, G, P, S, Q, stored, splits, chunk, eps: tl.constexpr,
     BATCH: tl.constexpr, CENTER: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr,
     DRESIDUAL: tl.constexpr, BY_R: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
     BK: tl.constexpr, BR: tl.constexpr,
@@ -377,7 +379,7 @@ def backward_apply(
     mean, rstd, share = _given(statistics, (o * K + k) % stored, k < K, stored, eps, MASKED, BATCH, COMPUTE, R)
     plain, scaled = tl.zeros([BK], COMPUTE), tl.zeros([BK], COMPUTE)
     if BATCH:
-        wide = Q.to(tl.int64) * P
+        wide = tl.cast(Q, tl.int64) * P
         for i in range(splits * P):
             at = i // P * wide + (o * K + k) * P + i % P
             w = tl.load(weight + (k % G) * P + i % P, mask=k < K, other=0.0) if W else tl.full([BK], 1.0, COMPUTE)
@@ -406,7 +408,7 @@ def backward_apply(
 
 @triton.jit
 def backward_row_sums(
-    x, mask, dy, extra, weight, bias, statistics, sums, A, K, B, R, G, Q, eps,
+    x, mask, dy, extra, weight, bias, statistics, sums, A, K, B, R, G, Q, eps: tl.constexpr,
     W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
     COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -429,7 +431,8 @@ def backward_row_sums(
 
 @triton.jit
 def backward_rows(
-    x, mask, dy, extra, weight, bias, statistics, sums, dx, dresidual, dparameters, A, K, B, R, G, Q, rows, eps,
+    x, mask, dy, extra, weight, bias, statistics, sums, dx, dresidual, dparameters,
+    A, K, B, R, G, Q, rows, eps: tl.constexpr,
     KNOWN: tl.constexpr, CENTER: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr,
     DRESIDUAL: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
     BK: tl.constexpr, BR: tl.constexpr,
