@@ -462,7 +462,7 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     console.print(table)
     for contrast, found, _ in page.verdicts:
         form = page.metric(contrast["first"][1]).form
-        effect = "" if found.effect is None else f" {_signed(found.effect, form)}"
+        effect = "" if found.effect is None else f" {_signed(found.effect, form)}{' points' * (form == 'share')}"
         bounds = (
             ""
             if found.interval is None
@@ -478,8 +478,7 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
 def _signed(value: float, form: str) -> str:
     """A difference as text, in percentage points for shares."""
     text = f"{100 * value:+.1f}" if form == "share" else f"{value:+.3g}"
-    text = "0" + text[2:] if float(text) == 0 else text.replace("-", "−")
-    return f"{text} points" if form == "share" else text
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
 def journal_of(folder: Path) -> Path:
