@@ -1,15 +1,16 @@
 # Two commands: `make study` runs the main job and says where its report is; `make test` runs the tests.
-# DATA=digits|fashion-mnist|PATH, SEEDS=…, EPOCHS=…, OUT=… and ARGS="--lr 0.5" pass through to the study.
+# DATA=digits|fashion-mnist|PATH, ARMS=bn,none,…, SEEDS=…, EPOCHS=…, OUT=… and ARGS="--lr 0.5" pass through to the study.
 
 PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= digits
+ARMS ?= bn,none
 WORKERS ?= 2
 
 .PHONY: study test lint clean
 
 study: .venv/lab
-	$(BIN)/normwright study lenet --data "$(DATA)" $(if $(SEEDS),--seeds $(SEEDS)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(OUT),--out "$(OUT)") $(ARGS)
+	$(BIN)/normwright study lenet arm=$(ARMS) --data "$(DATA)" $(if $(SEEDS),--seeds $(SEEDS)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
