@@ -331,7 +331,7 @@ def _given(
     if MASKED and COUNTED:
         share = (1 / tl.maximum(tl.load(statistics + 2 * Q + at, mask=inside, other=1.0), 1)).to(COMPUTE)
     else:
-        share = rstd * 0 + 1.0 / R
+        share = (rstd * 0 + 1) / R  # in their type: 1.0 / R alone would be float32
     return mean, rstd, share
 
 
