@@ -59,10 +59,15 @@ def test_text_settings_choose_set_and_repeat_arms():
     # A setting in which arms differ chooses among them.
     swept = replace(
         TWO,
-        arms=tuple(Arm(f"w{w}", f"width {w}", {"norm": "bn", "lr": 1.0, "width": w}) for w in (1, 2, 3)),
-        contrasts=(),
+        arms=tuple(
+            Arm(f"w{w}", f"width {w}", {"norm": "bn", "lr": 1.0, "width": w}, series=f"s{w % 2}", at=w)
+            for w in (1, 2, 3)
+        ),
+        contrasts=tuple(Contrast(name, (name, "test_acc"), 0.5) for name in ("w1", "w2", "s0", "s1")),
     )
-    assert list(plan(swept, "digits", {}, ["width=1,3"]).arms) == ["w1", "w3"]
+    chosen = plan(swept, "digits", {}, ["width=1,3"])
+    assert list(chosen.arms) == ["w1", "w3"]
+    assert [contrast.text for contrast in chosen.study.contrasts] == ["w1", "s1"]
     with pytest.raises(UserError, match=r"width= chooses among the arms of lenet \(1, 2, 3\); got 4"):
         plan(swept, "digits", {}, ["width=4"])
 

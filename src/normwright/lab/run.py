@@ -468,7 +468,8 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
             if found.interval is None
             else f" ({_signed(found.interval.low, form)} to {_signed(found.interval.high, form)})"
         )
-        line = f"{contrast['text']}:{effect}{bounds}, {found.word}"
+        said = f"{effect}{bounds}," if effect else ""
+        line = f"{contrast['text']}:{said} {found.word}"
         console.print(line if found.word != "undecided" else f"{line}. {found.reason}", markup=False, highlight=False)
     for run in page.failures:
         console.print(f"{run.status}: {run.arm}, seed {run.seed}: {run.error}", markup=False, highlight=False)

@@ -316,7 +316,7 @@ class Study:
         return replace(self, arms=tuple(arms), contrasts=tuple(dict.fromkeys(contrasts)), axis=axis)
 
     def _keeping(self, arms: tuple[Arm, ...]) -> Study:
-        gone = {arm.name for arm in self.arms} - {arm.name for arm in arms}
+        gone = _names(self.arms) - _names(arms)
         contrasts = tuple(
             contrast
             for contrast in self.contrasts
@@ -343,6 +343,11 @@ class Study:
             "axis_log": self.axis_log,
             "tune": {key: list(values) for key, values in self.tune.items()},
         }
+
+
+def _names(arms: Sequence[Arm]) -> set[str]:
+    """What a contrast may name: arms, and the series they belong to."""
+    return {arm.name for arm in arms} | {arm.series for arm in arms if arm.series}
 
 
 def _distinct(arms: Sequence[Arm]) -> list[Arm]:
@@ -476,7 +481,7 @@ def _check_study(study: Study, arms: Mapping[str, Mapping[str, Any]]) -> None:
                 f"The arms {same} and {name} of {study.name} do not differ: with these settings both train the same "
                 "network; leave one out (arm=…) or let them differ."
             )
-    known = {*arms, *(arm.series for arm in study.arms if arm.series)}
+    known = _names(study.arms)
     for contrast in study.contrasts:
         for side in (contrast.first, contrast.second):
             if isinstance(side, tuple) and side[0] not in known and study.conclude is None:
