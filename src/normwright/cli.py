@@ -59,7 +59,7 @@ def study(
     settings: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE[,VALUE…]]…",
+            metavar="KEY=VALUE,VALUE",
             help="Settings of the study: arm=bn,none chooses arms, norm=gn,ln the normalization, lr=0.1,1 trains every "
             "arm at each value.",
             show_default=False,
@@ -125,7 +125,11 @@ def study(
     ] = None,
     workers: Annotated[int, typer.Option(help="With --executor ray: groups trained at a time.", min=1)] = 2,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the study in --out, if there is one: same settings, same data.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the study in --out, if there is one: same settings, same data; more seeds and arms may join.",
+        ),
     ] = False,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="One epoch, one seed, 200 images: does it run at all?")
