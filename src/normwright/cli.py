@@ -128,7 +128,7 @@ def study(
         bool,
         typer.Option(
             "--resume",
-            help="Go on with the study in --out, if there is one: same settings and data; more seeds and arms may join.",
+            help="Go on with the study in --out, if there is one: same settings and data; more seeds or arms may join.",
         ),
     ] = False,
     smoke: Annotated[
