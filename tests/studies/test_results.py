@@ -40,8 +40,7 @@ def test_verdicts_follow_from_the_differences(path):
             assert row["mean"] == pytest.approx(sum(values) / len(values))
     for key in ("commit", "torch", "cpu"):
         assert found["environment"][key], key
-    assert "/home/" not in path.read_text()
-    assert "/work/" not in path.read_text()
+    assert not re.search(r'["\s=]/\w+/', path.read_text()), "a path of the machine that ran it"
 
 
 def test_the_readme_quotes_the_results():
