@@ -219,6 +219,48 @@ def test_processes_that_start_together_and_the_next(tmp_path):
     assert finish(start(tmp_path))["how"] == ["loaded"] * 2
 
 
+MASKED_OR_NOT = """
+import sys
+import torch
+import normwright as nw
+from normwright.kernels.cpu import build
+torch.manual_seed(0)
+x = torch.randn(4, 3, 60, 70) * 2 + 1
+mask = torch.rand(4, 60, 70) > 0.3
+truths = {
+    "whole": torch.nn.functional.batch_norm(x, None, None, training=True),
+    "masked": torch.nn.functional.batch_norm(x.movedim(1, -1)[mask], None, None, training=True),
+}
+with nw.use("cpu"):
+    for name in sys.argv[1:]:
+        y = nw.BatchNorm2d(3)(x, mask=mask if name == "masked" else None)
+        got = y.movedim(1, -1)[mask] if name == "masked" else y
+        torch.testing.assert_close(got, truths[name], rtol=1e-5, atol=1e-5)
+print(*(how for how, _ in build.compile_times.values()))
+"""
+
+
+@pytest.mark.slow
+def test_kernels_of_different_processes_run_side_by_side(tmp_path):
+    """Numba counts functions in each process from 1, so that without our names the two would define the same symbols."""
+
+    def run(*names):
+        return subprocess.Popen(
+            [sys.executable, "-c", MASKED_OR_NOT, *names],
+            # the names of functions hold their fast-math flags, a set
+            env={**os.environ, "NORMWRIGHT_CACHE": str(tmp_path), "PYTHONHASHSEED": "0"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def check(processes, how):
+        for out, err, code in [(*process.communicate(timeout=240), process.returncode) for process in processes]:
+            assert code == 0, err
+            assert out.strip() == how
+
+    check([run("whole"), run("masked")], "compiled")
+    check([run("whole", "masked"), run("masked", "whole")], "loaded loaded")
+
+
 def test_a_cache_that_cannot_be_written(tmp_path):
     """One warning in the process, and right numbers."""
     (tmp_path / "file").write_text("in the way")

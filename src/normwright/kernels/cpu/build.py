@@ -156,14 +156,19 @@ def kernel(family: str, direction: str, dtype: str, act: str, extra: str, masked
         from numba.core.ccallback import CFunc
         from numba.core.sigutils import normalize_signature
 
-        from .scalar import FAST
+        from .scalar import FAST, building, named
 
         start = time.perf_counter()
         make = getattr(importlib.import_module(f".{family}", __package__), direction)
         name = "-".join(map(str, key))
+        token = building.set(name)
+        try:
+            body = named(make(dtype, act, extra, masked))
+        finally:
+            building.reset(token)
         signature = normalize_signature(types.void(types.int64, types.int64, types.int64))
         function: Any = CFunc(
-            make(dtype, act, extra, masked),
+            body,
             signature,
             locals={},
             options={"nopython": True, "fastmath": FAST, "error_model": "numpy"},

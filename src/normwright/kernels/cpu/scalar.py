@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
@@ -169,6 +170,20 @@ def fence(typing_context):
 f32, f64 = np.float32, np.float64
 
 
+# name of the kernel that is being built
+building: ContextVar[str] = ContextVar("building", default="any")
+
+
+def named(function: Callable) -> Callable:
+    """Write the kernel's name into that of a function that keeps a symbol of its own.
+
+    Numba tells functions of one name apart by a count that every process starts at 1, and one table holds the symbols
+    of all kernels of a process: two kernels from the disk, compiled by different processes, would call each other's.
+    """
+    function.__qualname__ += f".{building.get()}"
+    return function
+
+
 def inner(fastmath: set[str]) -> Callable:
     """Decorator for a function called inside a kernel: no exceptions (a division by zero gives infinity)."""
     return njit(fastmath=fastmath, error_model="numpy", forceinline=True)
@@ -183,7 +198,7 @@ def alone(fastmath: set[str]) -> Callable:
     """
 
     def decorate(function: Callable) -> Callable:
-        outlined = njit(fastmath=fastmath, error_model="numpy", forceinline=False)(function)
+        outlined = njit(fastmath=fastmath, error_model="numpy", forceinline=False)(named(function))
 
         @intrinsic
         def call(typing_context, *arguments):
