@@ -242,7 +242,7 @@ print(*(how for how, _ in build.compile_times.values()))
 
 @pytest.mark.slow
 def test_kernels_of_different_processes_run_side_by_side(tmp_path):
-    """Numba counts functions in each process from 1, so that without our names the two would define the same symbols."""
+    """Numba counts functions in each process from 1, so without our names the two would define the same symbols."""
 
     def run(*names):
         return subprocess.Popen(

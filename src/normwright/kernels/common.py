@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..spec import Layout, NormSpec
 from . import native
 from .call import Call
 from .plan import Plan
 
-__all__ = ["BY_SIGN", "differentiable", "entries", "evaluation_spec", "laid_out", "valid_part"]
+__all__ = [
+    "BY_SIGN",
+    "computed",
+    "differentiable",
+    "entries",
+    "evaluation_spec",
+    "laid_out",
+    "no_running",
+    "not_plain",
+    "put_back",
+    "valid_part",
+]
 
 # activations whose slope the sign of their output says
 BY_SIGN = ("relu", "leaky_relu")
@@ -38,6 +51,50 @@ def entries(p: Plan) -> list[int]:
     """Positions in `split`, outermost in memory first."""
     parts = p.layout.parts
     return [sum(parts[:d]) + i for d in p.order for i in range(parts[d])]
+
+
+def not_plain(call: Call) -> str | None:
+    """Why no compiled kernel runs this eager call, or None; what a backend has kernels for is its own to say."""
+    x = call.x
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        return f"the input is a {type(x).__name__}, not a plain tensor"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "a function transform or forward-mode differentiation is active"
+    if torch._C._is_tracing():
+        return "torch.jit.trace records torch's own operators"
+    if torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode is active"
+    if call.residual is not None and call.residual.dtype != x.dtype:
+        return f"the residual is {call.residual.dtype} and the input {x.dtype}"
+    return None if x.numel() else "the input is empty"
+
+
+def no_running(call: Call, found: Any) -> str | None:
+    """Why kernels cannot use or move this call's running statistics, or None; `found` is a backend's recipe."""
+    if call.running_var is not None:
+        if found.scattered:
+            return "running statistics whose axes lie apart or in another order in memory have no kernel"
+        if found.merged and call.mask is not None and call.use_batch_stats:
+            return "running statistics averaged over samples, with a mask, have no kernel"
+    return None
+
+
+def computed(buffer: Tensor | None, compute: torch.dtype) -> Tensor | None:
+    """The buffer itself where a kernel can write it, else a copy, to be given to `put_back`."""
+    if buffer is None or (buffer.dtype == compute and buffer.is_contiguous()):
+        return buffer
+    return buffer.to(compute).contiguous()
+
+
+def put_back(buffer: Tensor | None, new: Tensor | None) -> None:
+    """Give a buffer what a kernel wrote into `computed` of it, and tell autograd that it has changed."""
+    if buffer is None:
+        return
+    if new is not buffer:
+        with torch.no_grad():
+            buffer.copy_(new)  # type: ignore[arg-type]
+    elif not buffer.is_inference():
+        torch.autograd.graph.increment_version(buffer)
 
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:

@@ -461,25 +461,18 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
         table.add_row(Text(row.label), Text(row.evaluation), mean, bounds, str(len(row.values)))
     console.print(table)
     for contrast, found, _ in page.verdicts:
-        form = page.metric(contrast["first"][1]).form
-        effect = "" if found.effect is None else f" {_signed(found.effect, form)}{' points' * (form == 'share')}"
-        bounds = (
-            ""
-            if found.interval is None
-            else f" ({_signed(found.interval.low, form)} to {_signed(found.interval.high, form)})"
-        )
+        metric, interval = page.metric(contrast["first"][1]), found.interval
+        points = " points" if metric.form == "share" else ""
+        effect = "" if found.effect is None else f" {report.effect(found.effect, metric)}{points}"
+        bounds = ""
+        if interval is not None:
+            bounds = f" ({report.effect(interval.low, metric)} to {report.effect(interval.high, metric)})"
         said = f"{effect}{bounds}," if effect else ""
         line = f"{contrast['text']}:{said} {found.word}"
         console.print(line if found.word != "undecided" else f"{line}. {found.reason}", markup=False, highlight=False)
     for run in page.failures:
         console.print(f"{run.status}: {run.arm}, seed {run.seed}: {run.error}", markup=False, highlight=False)
     console.print(f"Report: {outcome.report}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _signed(value: float, form: str) -> str:
-    """A difference as text, in percentage points for shares."""
-    text = f"{100 * value:+.1f}" if form == "share" else f"{value:+.3g}"
-    return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
 def journal_of(folder: Path) -> Path:

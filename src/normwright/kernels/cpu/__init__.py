@@ -14,12 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ...spec import NormSpec
 from .. import native
 from ..call import Call, check_sizes
-from ..common import BY_SIGN, differentiable, entries, evaluation_spec, laid_out, valid_part
+from ..common import (
+    BY_SIGN,
+    computed,
+    differentiable,
+    entries,
+    evaluation_spec,
+    laid_out,
+    no_running,
+    not_plain,
+    put_back,
+    valid_part,
+)
 from ..plan import NoPlan, Plan, plan
 from . import build, compiled, context
 
@@ -211,20 +221,8 @@ def prepare(call: Call, demanded: bool) -> Recipe | ModuleType | str:
         if torch.compiler.is_exporting():
             return "an exported program is kept to torch's own operators"
         return build.UNAVAILABLE or compiled
-    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-        return f"the input is a {type(x).__name__}, not a plain tensor"
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return "a function transform or forward-mode differentiation is active"
-    if torch._C._is_tracing():
-        return "torch.jit.trace records torch's own operators"
-    if torch._C._len_torch_dispatch_stack():
-        return "a dispatch mode is active"
-    if build.UNAVAILABLE is not None:
-        return build.UNAVAILABLE
-    if call.residual is not None and call.residual.dtype != x.dtype:
-        return f"the residual is {call.residual.dtype} and the input {x.dtype}"
-    if not x.numel():
-        return "the input is empty"
+    if (reason := not_plain(call) or build.UNAVAILABLE) is not None:
+        return reason
     fused = call.act is not None or call.residual is not None
     operator = native.torch_operator(call.spec) if call.mask is None else None
     if operator == "batch_norm" and not call.use_batch_stats:
@@ -232,12 +230,7 @@ def prepare(call: Call, demanded: bool) -> Recipe | ModuleType | str:
     if not demanded and few(x, operator, fused):
         return "torch's own operators are faster on so few elements"
     found = recipe(call.spec, call.use_batch_stats, x.shape, x.stride(), x.dtype, torch.get_num_threads())
-    if not isinstance(found, str) and call.running_var is not None:
-        if found.scattered:
-            return "running statistics whose axes lie apart or in another order in memory have no kernel"
-        if found.merged and call.mask is not None and call.use_batch_stats:
-            return "running statistics averaged over samples, with a mask, have no kernel"
-    return found
+    return found if isinstance(found, str) else no_running(call, found) or found
 
 
 def normalize(call: Call, found: Recipe | ModuleType) -> Tensor:
@@ -294,7 +287,7 @@ def _forward(
     mean = var = None
     at_mean = at_var = 0
     if moves:
-        mean, var = _computed(running_mean, found.compute), _computed(running_var, found.compute)
+        mean, var = computed(running_mean, found.compute), computed(running_var, found.compute)
         if mean is None and center:  # the kernel moves both
             mean = torch.empty(found.running, dtype=found.compute)
         at_mean, at_var = 0 if mean is None else mean.data_ptr(), var.data_ptr()  # type: ignore[union-attr]
@@ -321,14 +314,8 @@ def _forward(
             found.parallel,
         )  # fmt: skip
     if moves:
-        for buffer, new in ((running_mean, mean), (running_var, var)):
-            if buffer is None:
-                continue
-            if new is not buffer:
-                with torch.no_grad():
-                    buffer.copy_(new)  # type: ignore[arg-type]
-            elif not buffer.is_inference():
-                torch.autograd.graph.increment_version(buffer)
+        put_back(running_mean, mean)
+        put_back(running_var, var)
     elif use_batch and running_var is not None:
         layout = found.plan.layout
         mean, var = statistics.view(2, *layout.stat_shape).unbind()
@@ -337,13 +324,6 @@ def _forward(
                 layout, running_mean, running_var, mean if center else None, var, layout.count, new_weight
             )
     return y, statistics, flags
-
-
-def _computed(buffer: Tensor | None, compute: torch.dtype) -> Tensor | None:
-    """The buffer itself where a kernel can write it, else a copy, to be copied back."""
-    if buffer is None or (buffer.dtype == compute and buffer.is_contiguous()):
-        return buffer
-    return buffer.to(compute).contiguous()
 
 
 def _expand_mask(found: Recipe, x: Tensor, mask: Tensor) -> Tensor:

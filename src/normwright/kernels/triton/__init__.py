@@ -20,12 +20,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ...spec import NormSpec
 from .. import native
 from ..call import Call, check_sizes
-from ..common import BY_SIGN, differentiable, entries, evaluation_spec, laid_out, valid_part
+from ..common import (
+    BY_SIGN,
+    computed,
+    differentiable,
+    entries,
+    evaluation_spec,
+    laid_out,
+    no_running,
+    not_plain,
+    put_back,
+    valid_part,
+)
 from ..plan import NoPlan, Plan, plan
 
 __all__ = ["CONFIG", "Config", "Cut", "cut", "interpreting", "normalize", "prepare"]
@@ -190,25 +200,10 @@ def prepare(call: Call, demanded: bool) -> Cut | str:
         return f"there is no kernel for {x.dtype}"
     if torch.compiler.is_compiling():
         return "torch.compile makes kernels of its own from torch's operators"
-    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-        return f"the input is a {type(x).__name__}, not a plain tensor"
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return "a function transform or forward-mode differentiation is active"
-    if torch._C._is_tracing():
-        return "torch.jit.trace records torch's own operators"
-    if torch._C._len_torch_dispatch_stack():
-        return "a dispatch mode is active"
-    if call.residual is not None and call.residual.dtype != x.dtype:
-        return f"the residual is {call.residual.dtype} and the input {x.dtype}"
-    if not x.numel():
-        return "the input is empty"
+    if (reason := not_plain(call)) is not None:
+        return reason
     found = cut(call.spec, call.use_batch_stats, x.shape, x.stride(), x.dtype, _processors(x.device), CONFIG)
-    if not isinstance(found, str) and call.running_var is not None:
-        if found.scattered:
-            return "running statistics whose axes lie apart or in another order in memory have no kernel"
-        if found.merged and call.mask is not None and call.use_batch_stats:
-            return "running statistics averaged over samples, with a mask, have no kernel"
-    return found
+    return found if isinstance(found, str) else no_running(call, found) or found
 
 
 @cache
@@ -250,7 +245,7 @@ def _forward(
     y = torch.empty_like(x)
     flags = None if call.mask is None else _flags(found, call.mask)
     moves = call.use_batch_stats and call.running_var is not None and not found.merged
-    mean, var = (_computed(t, found.compute) if moves else None for t in (call.running_mean, call.running_var))
+    mean, var = (computed(t, found.compute) if moves else None for t in (call.running_mean, call.running_var))
     if call.use_batch_stats:
         statistics = x.new_empty((3, found.Q), dtype=torch.float64)
     else:
@@ -284,12 +279,8 @@ def _forward(
                 GIVEN=not call.use_batch_stats, **common,
             )  # fmt: skip
     if moves:
-        for buffer, new in ((call.running_mean, mean), (call.running_var, var)):
-            if buffer is not None and new is not buffer:
-                with torch.no_grad():
-                    buffer.copy_(new)  # type: ignore[arg-type]
-            elif buffer is not None and not buffer.is_inference():
-                torch.autograd.graph.increment_version(buffer)
+        put_back(call.running_mean, mean)
+        put_back(call.running_var, var)
     elif call.use_batch_stats and call.running_var is not None:
         layout = p.layout
         batch_mean, batch_var = statistics[:2].view(2, *layout.stat_shape).unbind()
@@ -299,13 +290,6 @@ def _forward(
                 layout.count, call.new_weight,
             )  # fmt: skip
     return y, statistics, flags
-
-
-def _computed(buffer: Tensor | None, compute: torch.dtype) -> Tensor | None:
-    """The buffer itself where a kernel can write it, else a copy, to be copied back."""
-    if buffer is None or (buffer.dtype == compute and buffer.is_contiguous()):
-        return buffer
-    return buffer.to(compute).contiguous()
 
 
 def _flags(found: Cut, mask: Tensor) -> Tensor:
