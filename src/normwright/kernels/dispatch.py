@@ -94,15 +94,16 @@ class use:
         _demanded = self._previous
 
 
-def at_once(x: Tensor, operator: str, fused: bool) -> bool:
+def at_once(x: Tensor, operator: str, act: str | None, residual: Tensor | None) -> bool:
     """Whether torch's operator may run without asking: too few values for a kernel, and nobody demands or watches."""
     return (
         x.is_cpu
         and _demanded is None
         and _record is None
         and not torch.compiler.is_compiling()
-        and cpu.few(x, operator, fused)
+        and cpu.few(x, operator, act is not None or residual is not None)
         and x.numel() != 0
+        and (residual is None or residual.shape == x.shape)
     )
 
 
@@ -136,8 +137,9 @@ def run(call: Call) -> Tensor:
 def explain(module: nn.Module, *inputs: object, **kwargs: object) -> Explanation:
     """Say which kernel each normalization in `module(*inputs)` runs on, and why not a faster one.
 
-    Runs the forward pass once without gradients; buffers and the random state of the CPU are put back afterwards.
-    Layers are named by the parameters or buffers that their kernel is given.
+    Runs the forward pass once; buffers and the random state of the CPU are put back afterwards. What is faster depends
+    on whether a backward pass follows: the answer is for torch's grad mode as it is, so ask for inference under
+    `torch.no_grad()`. Layers are named by the parameters or buffers that their kernel is given.
     """
     global _record
     owners = {
@@ -148,7 +150,7 @@ def explain(module: nn.Module, *inputs: object, **kwargs: object) -> Explanation
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     previous, _record = _record, _Record([], owners)
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]):
             module(*inputs, **kwargs)
         return Explanation(tuple(_record.choices))
     finally:

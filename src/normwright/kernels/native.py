@@ -92,7 +92,9 @@ _IN_PLACE = {"relu": torch.relu_, "sigmoid": torch.sigmoid_, "tanh": torch.tanh_
 def finish(y: Tensor, act: str | None, residual: Tensor | None) -> Tensor:
     """Add the residual and activate what an operator of torch has just made."""
     if residual is not None:
-        y = (y + residual).to(y.dtype)
+        dtype, y = y.dtype, y + residual
+        if y.dtype != dtype:
+            y = y.to(dtype)
     if act is None:
         return y
     return _IN_PLACE[act](y) if act in _IN_PLACE else ACTIVATIONS[act](y)

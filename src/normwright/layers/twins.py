@@ -144,13 +144,12 @@ class _BatchNorm(_Twin):
                 f"batch_norm eps must be positive during training, and non-negative otherwise; got {eps}. It "
                 "keeps the division finite where the variance is 0: use 1e-5."
             )
-        simple = residual is None and mask is None and (mean is None) == (var is None)
+        simple = mask is None and (mean is None) == (var is None)
         # a subclass may have other axes (GhostBatchNorm)
         operator = "batch_norm" if use_batch_stats else "evaluation"
-        if simple and self.spec is _BatchNorm.spec and at_once(x, operator, self.act is not None):
-            return finish(
-                torch.batch_norm(x, weight, bias, mean, var, use_batch_stats, new_weight, eps, False), self.act, None
-            )
+        if simple and self.spec is _BatchNorm.spec and at_once(x, operator, self.act, residual):
+            y = torch.batch_norm(x, weight, bias, mean, var, use_batch_stats, new_weight, eps, False)
+            return finish(y, self.act, residual)
         return normalize(
             x,
             self.spec,
@@ -337,8 +336,9 @@ class LayerNorm(_TrailingNorm, nn.LayerNorm):
             return _as_leaf(self, x, residual, mask)
         self._check(x)
         weight, bias = _parameters(self)
-        if residual is None and mask is None and at_once(x, "layer_norm", self.act is not None):
-            return finish(torch.layer_norm(x, self.normalized_shape, weight, bias, self.eps, False), self.act, None)
+        if mask is None and at_once(x, "layer_norm", self.act, residual):
+            y = torch.layer_norm(x, self.normalized_shape, weight, bias, self.eps, False)
+            return finish(y, self.act, residual)
         return normalize(x, self.spec, weight, bias, eps=self.eps, act=self.act, residual=residual, mask=mask)
 
 
@@ -398,6 +398,6 @@ class GroupNorm(_Twin, nn.GroupNorm):
                 f"{self.num_groups} groups: the variance of one value is 0. Use fewer groups."
             )
         weight, bias = _parameters(self)
-        if residual is None and mask is None and at_once(x, "group_norm", self.act is not None) and x.is_contiguous():
-            return finish(torch.group_norm(x, self.num_groups, weight, bias, self.eps, False), self.act, None)
+        if mask is None and at_once(x, "group_norm", self.act, residual) and x.is_contiguous():
+            return finish(torch.group_norm(x, self.num_groups, weight, bias, self.eps, False), self.act, residual)
         return normalize(x, self.spec, weight, bias, eps=self.eps, act=self.act, residual=residual, mask=mask)

@@ -228,7 +228,9 @@ def prepare(call: Call, demanded: bool) -> Recipe | ModuleType | str:
     if operator == "batch_norm" and not call.use_batch_stats:
         operator = "evaluation"
     if not demanded and few(x, operator, fused):
-        return "torch's own operators are faster on so few elements"
+        if x.numel() < WORTH[operator]:
+            return "torch's own operators are faster on so few elements"
+        return "torch's own operator is as fast for this norm alone in contiguous float32"
     found = recipe(call.spec, call.use_batch_stats, x.shape, x.stride(), x.dtype, torch.get_num_threads())
     return found if isinstance(found, str) else no_running(call, found) or found
 
