@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..catalog import CATALOG
 from ..functional import normalize
-from .outside import TrackingLayer, batch_dims, compute_dtype
+from .outside import TrackingLayer, moments
 
 __all__ = ["BatchRenorm", "schedule_batch_renorm"]
 
@@ -103,7 +103,9 @@ class BatchRenorm(TrackingLayer):
 
     @torch.no_grad()
     def _correction(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        var, mean = torch.var_mean(x.to(compute_dtype(x)), batch_dims(x), correction=0)
+        mean, var = moments(x)
+        count = x.numel() // self.num_features
+        var = var * ((count - 1) / count)
         sd = torch.sqrt(self.running_var.to(var.dtype) + self.eps)
         r_max, d_max = self.r_max.to(var.dtype), self.d_max.to(var.dtype)
         r = torch.clamp(torch.sqrt(var + self.eps) / sd, 1 / r_max, r_max)
