@@ -1,22 +1,28 @@
 """K networks trained as one, against the same networks alone, torch's own optimizers and the sequential engine."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
+import normwright as nw
 from normwright.lab import engine
 from normwright.lab.data import Dataset
 from normwright.lab.engine import End, Epoch, Job, Start, make_optimizer
-from normwright.lab.packed import CannotPack, FlatOptimizer, evaluate, fastest, pack, packed, train_epoch
+from normwright.lab.packed import CannotPack, FlatOptimizer, Step, evaluate, fastest, pack, packed, train, train_epoch
+from normwright.lab.packed.graph import Watch, why_not_replayed
 from normwright.lab.packed.leaves import Conv, Each
 from normwright.lab.study import Arm, Study
 from normwright.layers import twins
 from normwright.layers.dyt import DyT
 from normwright.layers.norm import ChannelNorm, FilterResponseNorm, GhostBatchNorm
+from normwright.studies.lenet import BatchNormByHand
 
 SHAPE = (2, 8, 8)
 
@@ -74,6 +80,8 @@ NETWORKS = {
     "rms norm": lambda: lenet(twins.RMSNorm((4, 6, 6), act="relu"), nn.RMSNorm(24)),
     "layer norm of places": lambda: lenet(nn.LayerNorm(6)),
     "channel norm": lambda: lenet(ChannelNorm(4, act="silu"), ChannelNorm(24)),
+    "cumulative": lambda: lenet(twins.BatchNorm2d(4, momentum=None, act="relu"), GhostBatchNorm(24, 2, momentum=None)),
+    "instance norm that never moves": lambda: lenet(nn.InstanceNorm2d(4, momentum=None, track_running_stats=True)),
     "ghost, response": lambda: lenet(FilterResponseNorm(4), GhostBatchNorm(24, 2)),
     "of unknown kind": lambda: lenet(nn.PReLU(4), DyT(24)),
     "whole part": lambda: nn.Sequential(nn.Conv2d(2, 4, 3), Scaled(), nn.Flatten(), nn.Linear(144, 3)),
@@ -120,7 +128,7 @@ def test_outputs_gradients_and_buffers_are_those_of_each_network(name, shared):
     x = images(B, K, *SHAPE, seed=1)
     if shared:
         x[:] = x[:, :1]
-    for training in (True, False):
+    for training in (True, True, False):
         network.train(training)
         for model in models:
             model.train(training)
@@ -424,7 +432,7 @@ def runs(job, arm="bn", each=({"lr": 0.5}, {"lr": 0.1, "scale": 0.5}, {"lr": 1.0
     return [Start(10 + k, arm, k, {**job.settings[arm], **own}) for k, own in enumerate(each)]
 
 
-def train(engine_, job, starts, epochs=None):
+def train_engine(engine_, job, starts, epochs=None):
     """Events by run, until every run has recorded so many epochs."""
     found = {start.run: [] for start in starts}
     ticks = []
@@ -460,8 +468,8 @@ def test_it_trains_as_the_sequential_engine_does(dtype, tolerance, order, arm, o
     job = work(dtype, order=order, optimizer=optimizer, clip=1.0)
     each = ({"lr": 0.05}, {"lr": 0.01, "scale": 0.5}, {"lr": 0.02, "weight_decay": 0.01})
     starts = runs(job, arm, each)
-    ours, ticks = train(packed, job, starts)
-    theirs, their_ticks = train(engine.sequential, job, starts)
+    ours, ticks = train_engine(packed, job, starts)
+    theirs, their_ticks = train_engine(engine.sequential, job, starts)
     assert ticks == their_ticks == 3 * 3 * 97
     for run in ours:
         close(ours[run], theirs[run], tolerance)
@@ -471,7 +479,7 @@ def test_it_trains_as_the_sequential_engine_does(dtype, tolerance, order, arm, o
 def test_one_network_alone_is_the_sequential_engines_bit_for_bit():
     job = work()
     starts = runs(job)[:1]
-    ours, theirs = train(packed, job, starts)[0][10], train(engine.sequential, job, starts)[0][10]
+    ours, theirs = train_engine(packed, job, starts)[0][10], train_engine(engine.sequential, job, starts)[0][10]
     for key, value in theirs[-1].trained["model"].items():
         assert torch.equal(ours[-1].trained["model"][key], value), key
 
@@ -481,16 +489,16 @@ def test_one_network_alone_is_the_sequential_engines_bit_for_bit():
 def test_either_engine_goes_on_from_what_the_other_left(first, optimizer, order):
     job = work(torch.float64, optimizer=optimizer, momentum=0.9, order=order)
     starts = runs(job, each=({"lr": 0.05}, {"lr": 0.02}))
-    whole = train(engine.sequential, job, starts)[0]
+    whole = train_engine(engine.sequential, job, starts)[0]
     begin, go_on = (packed, engine.sequential) if first == "packed" else (engine.sequential, packed)
     half = {}
     for group in [starts] if first == "packed" else [[start] for start in starts]:
-        half |= train(begin, job, group, epochs=1)[0]
+        half |= train_engine(begin, job, group, epochs=1)[0]
     left = [
         replace(start, epochs=1, metrics=half[start.run][0].metrics, state=half[start.run][0].checkpoint)
         for start in starts
     ]
-    rest = train(go_on, job, left)[0]
+    rest = train_engine(go_on, job, left)[0]
     for run, events in rest.items():
         close(events, whole[run][1:], 1e-10)
 
@@ -498,14 +506,14 @@ def test_either_engine_goes_on_from_what_the_other_left(first, optimizer, order)
 def test_an_interrupted_pack_goes_on_bit_for_bit_dropout_included():
     job = work(dropout=0.4)
     starts = runs(job)
-    whole = train(packed, job, starts)[0]
-    half = train(packed, job, starts, epochs=2)[0]
+    whole = train_engine(packed, job, starts)[0]
+    half = train_engine(packed, job, starts, epochs=2)[0]
     left = [
         replace(start, epochs=2, metrics=half[start.run][1].metrics, state=copy.deepcopy(half[start.run][1].checkpoint))
         for start in starts
     ]
     torch.rand(7)
-    rest = train(packed, job, left)[0]
+    rest = train_engine(packed, job, left)[0]
     for run, events in rest.items():
         for key, value in whole[run][-1].trained["model"].items():
             assert torch.equal(events[-1].trained["model"][key], value), key
@@ -518,8 +526,8 @@ def test_a_diverging_network_ends_alone_and_moves_no_bit_of_the_others(arm, orde
     calm = ({"lr": 0.5}, {"lr": 0.1}, {"lr": 0.2}, {"lr": 0.3})
     for wild in (1e30, float("nan")):
         starts = runs(job, arm, (calm[0], {"lr": wild}, *calm[2:]))
-        ours = train(packed, job, starts)[0]
-        without = train(packed, job, runs(job, arm, calm))[0]
+        ours = train_engine(packed, job, starts)[0]
+        without = train_engine(packed, job, runs(job, arm, calm))[0]
         end = ours[11][-1]
         assert isinstance(end, End)
         assert end.status == "diverged"
@@ -540,10 +548,10 @@ def test_a_diverging_network_ends_alone_and_moves_no_bit_of_the_others(arm, orde
 def test_when_half_have_diverged_the_rest_are_packed_anew():
     job = work(torch.float64, epochs=3)
     starts = runs(job, each=({"lr": 0.5}, {"lr": 1e30}, {"lr": 1e25}, {"lr": 0.2}))
-    ours, ticks = train(packed, job, starts)
+    ours, ticks = train_engine(packed, job, starts)
     assert [ours[run][-1].status for run in (10, 11, 12, 13)] == ["finished", "diverged", "diverged", "finished"]
     assert ticks < 4 * 3 * 97
-    theirs = train(engine.sequential, job, [starts[0], starts[3]])[0]
+    theirs = train_engine(engine.sequential, job, [starts[0], starts[3]])[0]
     for run in (10, 13):
         close(ours[run], theirs[run], 1e-9)
 
@@ -551,13 +559,13 @@ def test_when_half_have_diverged_the_rest_are_packed_anew():
 def test_a_run_that_had_diverged_ends_at_once():
     job = work()
     starts = runs(job)
-    half = train(packed, job, starts, epochs=1)[0]
+    half = train_engine(packed, job, starts, epochs=1)[0]
     left = [
         replace(start, epochs=1, metrics=half[start.run][0].metrics, state=half[start.run][0].checkpoint)
         for start in starts
     ]
     left[1] = replace(left[1], metrics={**left[1].metrics, "test_loss": float("inf")})
-    events = train(packed, job, left)[0]
+    events = train_engine(packed, job, left)[0]
     assert [type(event) for event in events[11]] == [End]
     assert events[11][0].status == "diverged"
     assert len(events[10]) == len(events[12]) == 3
@@ -573,7 +581,7 @@ def test_what_is_observed_is_the_network_itself():
         return {"norm": float(sum(p.detach().square().sum() for p in moment.model.parameters()))}
 
     job = work(study=replace(STUDY, observe=observe), epochs=2)
-    events = train(packed, job, runs(job))[0]
+    events = train_engine(packed, job, runs(job))[0]
     assert sorted(seen) == [(seed, epoch) for seed in range(3) for epoch in (-1, 0, 1)]
     for run, own in events.items():
         weights = own[1].checkpoint["model"]
@@ -606,3 +614,301 @@ def test_losses_and_accuracies_are_each_networks_own():
     trained, right = train_epoch(network, flat, x, y, orders, 10)  # at a rate of 0: the same losses
     assert trained.tolist() == pytest.approx(losses, rel=1e-12)
     assert right.tolist() == pytest.approx(accuracies)
+
+
+# ---- what a GPU needs, without one
+
+
+def step_of(build, settings, K=3, clip=None, own=True, dtype=torch.float32, n=24):
+    """A step of K networks, the orders of an epoch, and the optimizer."""
+    models = networks(build, K, dtype)
+    network = pack(models, SHAPE)
+    given = [{**settings, **rate, "lr": rate["lr"] * 0.1} for rate in RATES[:K]]
+    flat = FlatOptimizer(network, [make_optimizer(m, each) for m, each in zip(models, given, strict=True)])
+    x, y = images(30, *SHAPE, dtype=dtype), torch.arange(30) % 3
+    return Step(network, flat, x, y, clip), drawn(n, K if own else None)
+
+
+def drawn(n, K, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(30, generator=generator)[:n] for _ in range(K or 1)]
+    return torch.stack(orders, 1) if K else orders[0]
+
+
+def on_meta(step):
+    """The step on a device without values: whatever reads one raises, whatever it makes elsewhere does not fit."""
+    pack, optimizer = step.pack, step.optimizer
+    for module in pack.network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                kept = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+                kept.grad = torch.empty_like(kept) if parameter.requires_grad else None
+                module._parameters[name] = kept
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to("meta")
+    step.homes = [(module, name, module._buffers[name]) for module, name, _ in step.homes]
+    for holder in (pack, optimizer, step):
+        for name, value in vars(holder).items():
+            if isinstance(value, torch.Tensor):
+                setattr(holder, name, value.to("meta"))
+    optimizer.state = {name: value.to("meta") for name, value in optimizer.state.items()}
+
+
+STEPS = [
+    *(pytest.param(NETWORKS[name], OPTIMIZERS[1], id=name) for name in NETWORKS),
+    *(pytest.param(NETWORKS["batch norm"], each, id="-".join(map(str, each.values()))) for each in OPTIMIZERS),
+]
+
+
+@pytest.mark.parametrize(("build", "settings"), STEPS)
+@pytest.mark.parametrize(("clip", "own"), [(None, False), (0.05, True)], ids=["shared", "clipped, own"])
+def test_nothing_in_an_epoch_waits_for_the_device(build, settings, clip, own):
+    """On the CPU no operator's result is read; on the meta device none could be, as there are no values."""
+    step, orders = step_of(build, settings, clip=clip, own=own)
+    watches = [Watch(orders.device) for _ in range(2)]
+    for watch in watches:
+        with watch:
+            step.epoch(orders, 10)
+    assert len(watches[0].calls) > 20
+    assert why_not_replayed(*watches) is None
+    on_meta(step)
+    orders = orders.to("meta")
+    with Watch(orders.device) as watch:
+        losses, _ = step.epoch(orders, 10)
+    assert losses.device.type == "meta"
+    assert watch.waits == []
+
+
+class Reads(nn.Module):
+    def forward(self, x):
+        return x * 0.5 if float(x.detach().sum()) > 1e9 else x
+
+
+class Masks(nn.Module):
+    def forward(self, x):
+        return x + 0.1 * x.detach()[x > 0].mean()
+
+
+class Numbers(nn.Module):
+    def forward(self, x):
+        return x * torch.tensor(0.5, dtype=x.dtype, device=x.device)
+
+
+class Draws(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator()
+
+    def __deepcopy__(self, memo):
+        return Draws()
+
+    def forward(self, x):
+        return x + 0.1 * torch.rand(x.shape, generator=self.generator, dtype=x.dtype) if self.training else x
+
+
+class Counts(nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        return x * (1 + 0.1 * self.calls) if self.training else x
+
+
+class Remembers(nn.Module):
+    seen = 1.0
+
+    def forward(self, x):
+        y = x * self.seen
+        if self.training:
+            self.seen = 0.9 * self.seen + 0.1 * x.detach().square().mean()
+        return y
+
+
+FAULTS = {
+    Reads: "_local_scalar_dense.default: its result is read",
+    Masks: "how many a mask chooses",
+    Numbers: "a tensor is made of Python's numbers",
+    Draws: "a generator of its own",
+    Counts: "other numbers or other tensors",
+    Remembers: "one step had",
+}
+
+
+def with_fault(fault):
+    return lambda: nn.Sequential(nn.Conv2d(2, 4, 3), fault(), nn.Flatten(), nn.Linear(144, 3))
+
+
+class Recorder(TorchDispatchMode):
+    """A stand-in for a CUDA graph: what is captured is not done, and a replay does it on the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before, self.made = [], {}, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+        for tensor in given:
+            storage = tensor.untyped_storage()
+            if not any(storage._cdata == other._cdata for other in self.made):
+                self.before.setdefault(storage._cdata, (storage, storage.clone()))
+        found = func(*args, **kwargs)
+        places = {t.untyped_storage()._cdata for t in given}
+        results = [t for t in tree_flatten(found)[0] if isinstance(t, torch.Tensor)]
+        new = [t for t in results if t.untyped_storage()._cdata not in places]
+        self.made += [t.untyped_storage() for t in new if t.untyped_storage()._cdata not in self.before]
+        self.calls.append((func, args, kwargs, results, new))
+        return found
+
+    def __enter__(self):
+        self.random = torch.get_rng_state()
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        for storage, value in self.before.values():
+            storage.copy_(value)
+        torch.set_rng_state(self.random)
+
+    def replay(self):
+        Recorder.replays += 1
+        with torch._C._AutoDispatchBelowAutograd():
+            for func, args, kwargs, results, new in self.calls:
+                found = [t for t in tree_flatten(func(*args, **kwargs))[0] if isinstance(t, torch.Tensor)]
+                for home, value in zip(results, found, strict=True):
+                    if any(home is t for t in new):
+                        home.copy_(value)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Let the CPU stand for a GPU that captures graphs; `Recorder.replays` counts."""
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+    Recorder.replays = 0
+    monkeypatch.setattr(train, "captures", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
+
+
+def trained(step, K, epochs=3, between=lambda epoch, step: None, own=True):
+    """Weights, buffers, optimizers, losses and accuracies after epochs of two full batches of 8 and one of 6."""
+    found = []
+    torch.manual_seed(3)
+    with nw.use("native"):  # which is what a recorded operator is
+        for epoch in range(epochs):
+            losses, right = step.epoch(drawn(22, K if own else None, seed=epoch), 8)
+            found += [losses.clone(), right.clone()]
+            between(epoch, step)
+    for k in range(K):
+        found += step.pack.unpack(k).values()
+        found += [t for kept in step.optimizer.state_dict(k)["state"].values() for t in kept.values()]
+    return found
+
+
+def same_bits(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b), (a, b)
+
+
+REPLAYED = {
+    **NETWORKS,
+    "by hand": lambda: lenet(BatchNormByHand(4, True), BatchNormByHand(24, False)),
+    "dropout": lambda: lenet(nn.BatchNorm2d(4), nn.Dropout(0.5)),
+}
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_replays_train_bit_for_bit_as_steps_do(graphs, monkeypatch, name, own):
+    settings = OPTIMIZERS[1]
+    step, _ = step_of(REPLAYED[name], settings, clip=0.5)
+    replayed = trained(step, 3, epochs=4, own=own)
+    assert step.pack.notes == []
+    assert Recorder.replays == 8 - 3  # two watched, one to warm up
+    monkeypatch.setattr(train, "captures", lambda device: False)
+    same_bits(replayed, trained(step_of(REPLAYED[name], settings, clip=0.5)[0], 3, epochs=4, own=own))
+
+
+def schedule(epoch, step):
+    """What may happen between epochs: another rate, an evaluation, a network that is dropped, one that starts anew."""
+    step.optimizer.lr.mul_(0.5)
+    step.optimizer.decay.mul_(2.0)
+    step.pack.eval()
+    evaluate(step.pack, step.x, step.y)
+    if epoch == 1:
+        step.pack.load(1, networks(REPLAYED["batch norm"], 3, torch.float32)[2].state_dict())
+        step.optimizer.freeze(1)
+
+
+@pytest.mark.parametrize("settings", OPTIMIZERS, ids=str)
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_replays_see_what_changes_between_them(graphs, monkeypatch, settings, clip):
+    def run():
+        step, _ = step_of(REPLAYED["batch norm"], settings, clip=clip)
+        return trained(step, 3, epochs=4, between=schedule), step
+
+    replayed, step = run()
+    assert Recorder.replays == 5
+    kept = networks(REPLAYED["batch norm"], 3, torch.float32)[2].state_dict()
+    for name, value in step.pack.unpack(1).items():
+        if name in step.pack.trained:
+            assert torch.equal(value, kept[name])  # it was dropped after the second epoch
+    monkeypatch.setattr(train, "captures", lambda device: False)
+    same_bits(replayed, run()[0])
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_what_a_replay_would_get_wrong_runs_as_steps_and_is_told(graphs, monkeypatch, fault):
+    step, _ = step_of(with_fault(fault), OPTIMIZERS[0])
+    plain = trained(step, 3)
+    assert Recorder.replays == 0
+    assert "a step is no CUDA graph: " in step.pack.explain()
+    assert FAULTS[fault] in step.pack.explain()
+    monkeypatch.setattr(train, "captures", lambda device: False)
+    same_bits(plain, trained(step_of(with_fault(fault), OPTIMIZERS[0])[0], 3))
+
+
+def test_a_replay_does_get_them_wrong(graphs, monkeypatch):
+    """That the recorder shows what a graph would do, and is no second execution of Python."""
+    monkeypatch.setattr(train, "why_not_replayed", lambda *watches: None)
+    for fault in (Counts, Remembers):
+        monkeypatch.setattr(train, "captures", lambda device: True)
+        replayed = trained(step_of(with_fault(fault), OPTIMIZERS[0])[0], 3)
+        monkeypatch.setattr(train, "captures", lambda device: False)
+        plain = trained(step_of(with_fault(fault), OPTIMIZERS[0])[0], 3)
+        assert any(not torch.equal(a, b) for a, b in zip(replayed, plain, strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_engine_trains_the_same_with_replays(graphs, monkeypatch, dropout):
+    """Evaluations, recalibration and a network that diverges and is dropped lie between the replays."""
+    job = work(epochs=4, dropout=dropout, clip=1.0)
+    each = ({"lr": 0.5}, {"lr": 1e30, "weight_decay": 0.01}, {"lr": 0.1}, {"lr": 0.2})
+    with nw.use("native"):
+        replayed = train_engine(packed, job, runs(job, each=each))[0]
+        assert Recorder.replays > 15
+        monkeypatch.setattr(train, "captures", lambda device: False)
+        plain = train_engine(packed, job, runs(job, each=each))[0]
+    for run, events in replayed.items():
+        for a, b in zip(events, plain[run], strict=True):
+            assert timeless(a.metrics) == timeless(b.metrics)
+            state = a.checkpoint if isinstance(a, Epoch) else a.trained
+            other = b.checkpoint if isinstance(b, Epoch) else b.trained
+            for key, value in other["model"].items():
+                torch.testing.assert_close(state["model"][key], value, rtol=0, atol=0, equal_nan=True, msg=key)
+
+
+def timeless(metrics):
+    return repr({key: value for key, value in metrics.items() if "seconds" not in key})  # by text: NaN is not itself

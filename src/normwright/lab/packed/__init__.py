@@ -16,6 +16,17 @@ from .fastest import fastest
 from .leaves import CannotPack
 from .network import Packed, pack
 from .optimizer import FlatOptimizer
-from .train import WIDTH, evaluate, packed, train_epoch
+from .train import WIDTH, Step, evaluate, packed, train_epoch
 
-__all__ = ["WIDTH", "CannotPack", "FlatOptimizer", "Packed", "evaluate", "fastest", "pack", "packed", "train_epoch"]
+__all__ = [
+    "WIDTH",
+    "CannotPack",
+    "FlatOptimizer",
+    "Packed",
+    "Step",
+    "evaluate",
+    "fastest",
+    "pack",
+    "packed",
+    "train_epoch",
+]

@@ -225,16 +225,40 @@ class Wide(Leaf):
     def __init__(self, modules: Sequence[nn.Module], counts: Iterable[str]) -> None:
         super().__init__()
         self.K = len(modules)
-        self.layer = copy.deepcopy(modules[0])
+        self.layer: Any = copy.deepcopy(modules[0])
         for name in counts:
             setattr(self.layer, name, self.K * getattr(self.layer, name))
         _take(self.layer, modules)
+        # instance norms, which are no batch norms to torch, never move theirs by momentum=None
+        batch_norm = isinstance(self.layer, nn.modules.batchnorm._BatchNorm)
+        averages = batch_norm and self.layer.momentum is None and self.layer.num_batches_tracked is not None
+        self.averaged = ("running_mean", "running_var") if averages else ()
 
     def of(self, name: str, k: int) -> Tensor:
         return super().of(f"layer.{name}", k)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(self.repeated(x))
+        x = self.repeated(x)
+        return self._cumulative(x) if self.averaged and self.training else self.layer(x)
+
+    def _cumulative(self, x: Tensor) -> Tensor:
+        """The forward pass of a layer whose running statistics are the mean over all batches, `momentum=None`.
+
+        The layer itself would ask the device for the number of batches; here it gives the batch's own statistics, into
+        buffers of zeros, and those it has move by one over that number.
+        """
+        layer, homes = self.layer, {name: self.layer._buffers[name] for name in self.averaged}
+        layer._buffers.update({name: torch.zeros_like(home) for name, home in homes.items()})
+        layer.momentum = 1.0
+        try:
+            y = layer(x)
+            with torch.no_grad():
+                for name, home in homes.items():
+                    home.lerp_(layer._buffers[name], layer.num_batches_tracked.to(home.dtype).reciprocal())
+        finally:
+            layer.momentum = None
+            layer._buffers.update(homes)
+        return y
 
 
 class Each(Leaf):

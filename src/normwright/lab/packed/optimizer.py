@@ -80,7 +80,7 @@ class FlatOptimizer:
         pack = self.pack
         squares = torch.zeros(pack.K, dtype=pack.flat.dtype, device=pack.flat.device)
         for name in pack.trained:
-            squares += pack.rows(pack.gradient, name).flatten(1).square().sum(1)
+            squares += pack.rows(pack.gradient, name).reshape(pack.K, -1).square().sum(1)
         factor = (largest / (squares.sqrt() + 1e-6)).clamp(max=1.0)
         pack.gradient.mul_(pack.expand(factor))
 

@@ -33,62 +33,88 @@ from ..engine import (
     parts,
 )
 from .fastest import fastest
+from .graph import Watch, capture, why_not_replayed
 from .leaves import CannotPack
 from .network import Packed, pack
 from .optimizer import FlatOptimizer
 
-__all__ = ["WIDTH", "evaluate", "packed", "train_epoch"]
+__all__ = ["WIDTH", "Step", "evaluate", "packed", "train_epoch"]
 
 # Networks in a pack, at most. LeNet with batch norm, batches of 256, one order of images: CPU time of an image by hand
 # over that of an image and model here 1.66 at 4, 1.77 at 8, 1.96 at 16; one thread of a Zen 5, medians of 9 turns.
 WIDTH = 16
 
 
-class _Step:
+class Step:
     """One step of training on a batch; adds to the networks' losses and numbers of right answers.
 
-    On CUDA the step of a full batch becomes a graph: its first three run as they are, on the stream where the fourth is
-    captured, and from then on one launch is a step. This was written without a GPU at hand and has not been run on one.
+    Nothing in it waits for the device. On CUDA the step of a full batch becomes a graph, if it does the same things
+    to the same tensors each time: the first two are watched (see `graph`), the third runs as it is on the stream where
+    the fourth is captured, and from then on one launch is a step. This was written without a GPU at hand and has not
+    been run on one; a recorder of operators that replays them in place of a graph proves it (`tests/lab`).
+
+    `x`, `y`: all images (n, c, …) and labels (n), of which a step is told the numbers.
     """
 
-    def __init__(self, pack: Packed, optimizer: FlatOptimizer, clip: float | None) -> None:
-        self.pack, self.optimizer, self.clip = pack, optimizer, clip
+    def __init__(self, pack: Packed, optimizer: FlatOptimizer, x: Tensor, y: Tensor, clip: float | None = None) -> None:
+        self.pack, self.optimizer, self.x, self.y, self.clip = pack, optimizer, x, y, clip
         device = pack.flat.device
         self.losses = torch.zeros(pack.K, dtype=pack.flat.dtype, device=device)
         self.correct = torch.zeros(pack.K, dtype=torch.int64, device=device)
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.graph: Any = None
-        self.runs = 0
-        self.inputs: tuple[Tensor, Tensor] | None = None
+        # replays write to the buffers that there were when they were captured
+        self.homes = [
+            (module, name, buffer)
+            for module in pack.network.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self.stream = torch.cuda.Stream(device) if captures(device) else None
+        self.watches: list[Watch] = []
+        self.warm = False
+        self.chosen: Tensor | None = None
+        self.replay: Callable[[], None] | None = None
 
-    def __call__(self, x: Tensor, labels: Tensor) -> None:
-        """`x`: images (b, c, …) or (b, (k c), …); `labels`: (b, k)."""
+    def __call__(self, chosen: Tensor) -> None:
+        """`chosen`: numbers of the images, (b) the same for all networks, or (b, k)."""
         if self.stream is None:
-            self._run(x, labels)
+            self._run(chosen)
             return
-        if self.inputs is None:
-            self.inputs = (x.clone(), labels.clone())
-        if x.shape != self.inputs[0].shape:  # the last batch, which is ragged
-            self._run(x, labels)
+        if self.chosen is None:
+            self.chosen = chosen.clone()
+        if chosen.shape != self.chosen.shape:  # the last batch, which is ragged
+            self._run(chosen)
             return
-        for static, value in zip(self.inputs, (x, labels), strict=True):
-            static.copy_(value)
-        self.runs += 1
-        if self.graph is None and self.runs > 3:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self._run(*self.inputs)
-        if self.graph is not None:
-            self.graph.replay()
-            return
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self._run(*self.inputs)
-        torch.cuda.current_stream().wait_stream(self.stream)
+        self.chosen.copy_(chosen)
+        if self.replay is not None:
+            self.replay()
+        elif len(self.watches) < 2:
+            self.watches.append(Watch(self.pack.flat.device))
+            with self.watches[-1]:
+                self._run(self.chosen)
+        elif not self.warm:
+            why = why_not_replayed(*self.watches)
+            if why is not None:
+                self.pack.notes.append(f"a step is no CUDA graph: {why}")
+                self.stream = None
+                self._run(chosen)
+                return
+            self.warm = True
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self._run(self.chosen)
+            torch.cuda.current_stream().wait_stream(self.stream)
+        else:
+            static = self.chosen
+            self.replay = capture(lambda: self._run(static), self.stream)
+            self.replay()
 
-    def _run(self, x: Tensor, labels: Tensor) -> None:
-        pack, B = self.pack, len(x)
-        logits = pack(x).view(B * pack.K, -1)
+    def _run(self, chosen: Tensor) -> None:
+        pack, B = self.pack, len(chosen)
+        images = self.x.index_select(0, chosen.reshape(-1))
+        labels = self.y.index_select(0, chosen.reshape(-1)).view(B, -1).expand(-1, pack.K)
+        if chosen.dim() == 2:
+            images = images.view(B, -1, *self.x.shape[2:])
+        logits = pack(images).view(B * pack.K, -1)
         losses = F.cross_entropy(logits, labels.reshape(-1), reduction="none").view(B, pack.K)
         pack.gradient.zero_()
         # the gradient of the sum of the networks' mean losses is each network's own
@@ -99,6 +125,35 @@ class _Step:
         with torch.no_grad():
             self.losses += losses.sum(0)
             self.correct += (logits.argmax(1).view(B, pack.K) == labels).sum(0)
+            for module, name, home in self.homes:
+                if (now := module._buffers[name]) is not home and now is not None:
+                    home.copy_(now)
+                    module._buffers[name] = home
+
+    def epoch(
+        self, orders: Tensor, batch_size: int, tick: Callable[[int], None] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One epoch; the mean losses and the accuracies (k) while training, as the weights moved.
+
+        `orders`: (n) one order of the images for all networks, or (n, k), a column for each.
+        """
+        self.pack.train()
+        self.losses.zero_()
+        self.correct.zero_()
+        reported, K, n = 0, self.pack.K, len(orders)
+        for count, (start, stop) in enumerate(batches(n, batch_size), start=1):
+            self(orders[start:stop])
+            if tick is not None and count % TICK == 0:
+                tick((stop - reported) * K)
+                reported = stop
+        if tick is not None:
+            tick((n - reported) * K)
+        return self.losses / n, self.correct.to(self.pack.flat.dtype) / n
+
+
+def captures(device: torch.device) -> bool:
+    """Whether steps on this device become graphs."""
+    return device.type == "cuda"
 
 
 def train_epoch(
@@ -110,30 +165,9 @@ def train_epoch(
     batch_size: int,
     tick: Callable[[int], None] | None = None,
     clip: float | None = None,
-    step: _Step | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One epoch; the mean losses and the accuracies (k) while training, as the weights moved.
-
-    `orders`: (n) one order of the images for all networks, or (n, k), a column for each.
-    """
-    pack.train()
-    step = step or _Step(pack, optimizer, clip)
-    step.losses.zero_()
-    step.correct.zero_()
-    reported, K, n = 0, pack.K, len(orders)
-    for count, (start, stop) in enumerate(batches(n, batch_size), start=1):
-        chosen = orders[start:stop]
-        images = x.index_select(0, chosen.reshape(-1))
-        labels = y.index_select(0, chosen.reshape(-1)).view(stop - start, -1).expand(-1, K)
-        if chosen.dim() == 2:
-            images = images.view(stop - start, -1, *x.shape[2:])
-        step(images, labels)
-        if tick is not None and count % TICK == 0:
-            tick((stop - reported) * K)
-            reported = stop
-    if tick is not None:
-        tick((n - reported) * K)
-    return step.losses / n, step.correct.to(pack.flat.dtype) / n
+    """One epoch by itself; see `Step.epoch`, whose graph serves any number of epochs."""
+    return Step(pack, optimizer, x, y, clip).epoch(orders, batch_size, tick)
 
 
 def evaluate(pack: Packed, x: Tensor, y: Tensor, batch_size: int = EVALUATION_BATCH) -> tuple[list[float], list[float]]:
@@ -184,12 +218,18 @@ def _three_ways(
     add("val_acc", part.x_validation, part.y_validation)
     if receipt.edits:
         receipt.undo()
-    kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers(recurse=False)]
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     for module in modules:
         module.train()
     add("test_acc_batch", part.x_test, part.y_test, settings["batch_size"])
-    for buffer, value in kept:
+    for module, name, buffer, value in kept:
         buffer.copy_(value)
+        module._buffers[name] = buffer  # a layer of an unknown kind may have put another in its place
     return metrics
 
 
@@ -235,7 +275,7 @@ def _together(
     optimizer = FlatOptimizer(network, optimizers)
     shared = settings.get("order", "seed") == "shared"
     fastest(network, (settings["batch_size"], *shape), shared)
-    step = _Step(network, optimizer, settings.get("clip"))
+    step = Step(network, optimizer, part.x, part.y, settings.get("clip"))
     observer = copy.deepcopy(models[0])
     metrics: list[Mapping[str, Any]] = [start.metrics for start in starts]
     alive = [k for k in range(K) if not (metrics[k] and diverged(metrics[k], classes))]
@@ -272,9 +312,7 @@ def _together(
             for generator in generators[1:]:
                 generator.set_state(generators[0].get_state())
         orders = (drawn[0] if shared else torch.stack(drawn, 1)).to(job.device)
-        losses, accuracies = train_epoch(
-            network, optimizer, part.x, part.y, orders, settings["batch_size"], tick, settings.get("clip"), step
-        )
+        losses, accuracies = step.epoch(orders, settings["batch_size"], tick)
         found = [
             {"train_loss": loss, "train_acc": accuracy, **before.get(k, {})}
             for k, (loss, accuracy) in enumerate(zip(losses.tolist(), accuracies.tolist(), strict=True))
