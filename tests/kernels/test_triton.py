@@ -7,6 +7,10 @@ is not. Each place runs with tiles as on a GPU, where most fit one, and with tin
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +23,9 @@ import normwright as nw
 from normwright import reference
 from normwright.functional import ACTIVATIONS
 from normwright.kernels import triton
+from normwright.kernels.call import Call
 
-pytest.importorskip("triton")
+compiler = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
     not (triton.interpreting() or torch.cuda.is_available()), reason="needs a GPU or TRITON_INTERPRET=1"
 )
@@ -97,6 +102,10 @@ def test_the_places_reach_every_cut(config):
     for f in found:
         assert (f.splits - 1) * f.chunk < f.R <= f.splits * f.chunk
         assert f.chunk % f.BR == 0
+    for place in PLACES:  # a tile has whole bytes of signs to itself
+        x = lay(torch.empty(place.shape), place.layout)
+        f = triton.cut(place.spec, True, x.shape, x.stride(), x.dtype, 2, triton.Config(tile=8, row=8, lines=8))
+        assert f.one or f.BR % 8 == 0
 
 
 def each_cut(config):
@@ -178,20 +187,94 @@ def test_double_backward_is_the_formulas(config):
         )
 
 
+# ------------------------------------------------------------------------------- signs, a bit an element, for backward
+
+
+@pytest.mark.parametrize("act", ["relu", "leaky_relu"])
+def test_bits_are_the_signs_of_the_output(act, config):
+    """At every cut, in the order of the output; and what is left of the last byte is 0."""
+    for place in (p for p in each_cut(config) if np.prod(p.shape) < 1000):
+        masked = maskable(place, 9) and act == "relu"
+        p = problem_at(place, F32, act, residual=True, mask=9 if masked else 0)
+        p.x[tuple(0 for _ in place.shape)] = float("nan")
+        for evaluate in [False, True] if place.spec.running else [False]:
+            found = cut(place, p.x, evaluate)
+            buffers = buffers_of(p, place.spec.center) if evaluate else {}
+            mean, var = buffers.get("running_mean"), buffers.get("running_var")
+            call = Call(p.x, p.spec, p.weight, p.bias, mean, var, not evaluate, 0.1, p.eps, act, p.residual, p.mask)
+            x = p.x.contiguous() if found.plan.copy else p.x
+            residual = p.residual if p.residual.stride() == x.stride() else torch.empty_like(x).copy_(p.residual)
+            y, _, _, bits = triton._forward(x, p.weight, p.bias, residual, call, found, True)
+            assert torch.equal(triton._signs(found, bits), (y > 0).byte()), place
+            assert bits.numel() == found.Q * (-(-found.R // 8))
+            assert sum((bits >> i & 1).sum() for i in range(8)) == (y > 0).sum(), place
+
+
+@pytest.mark.parametrize("place", QUICK, ids=str)
+def test_gradients_from_signs(place, config):
+    act = ("relu", "leaky_relu")[len(str(place)) % 2]
+    masked = maskable(place, 9) and len(str(place)) % 3 == 0
+    check(problem_at(place, F32, act, residual=True, mask=9 if masked else 0), place, F32, masked)
+
+
+def test_signs_are_saved_and_the_output_is_not():
+    x, weight = (torch.randn(*shape, requires_grad=True) for shape in [(6, 4, 9, 9), (4,)])
+    residual = torch.randn(6, 4, 9, 9, requires_grad=True)
+    for act in (None, "relu", "leaky_relu", "silu"):
+        saved = []
+        record = torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t)
+        with record, nw.use("triton"):
+            y = nw.normalize(x, BN, weight, None, act=act, residual=residual)
+        own = {"x": x, "weight": weight, "residual": residual, "y": y}
+        names = {name for name, t in own.items() if any(s.data_ptr() == t.data_ptr() for s in saved)}
+        assert names == {"x", "weight"} | ({"residual"} if act == "silu" else set())
+        bits = [t for t in saved if t.dtype == torch.uint8]
+        assert [t.numel() for t in bits] == ([4 * -(-6 * 81 // 8)] if act in ("relu", "leaky_relu") else [])
+        truth = torch.autograd.grad(y, (x, residual), torch.ones_like(y), retain_graph=True)
+        with torch.no_grad():  # what comes next may write over the output
+            y.mul_(-1)
+        again = torch.autograd.grad(y, (x, residual), torch.ones_like(y))
+        assert all(torch.equal(a, b) for a, b in zip(truth, again, strict=True))
+
+
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_second_order_from_signs(config, evaluate):
+    for place in QUICK:
+        act = ("relu", "leaky_relu")[len(str(place)) % 2]
+        p = problem_at(place, F64, act, residual=True, mask=9 if maskable(place, 9) and len(str(place)) % 3 == 0 else 0)
+        more = {"use_batch_stats": False, **buffers_of(p, p.spec.center)} if evaluate else {}
+        if evaluate and (not p.spec.running or isinstance(cut(place, p.x, True), str)):
+            continue
+        leaves = p.leaves()
+        found = []
+        for kernel in ("triton", "native"):
+            with nw.use(kernel):
+                y = p.run(leaves, **more)
+            grads = torch.autograd.grad(y, list(leaves.values()), p.dy, create_graph=True)
+            total = sum(g.square().sum() for g in grads)
+            found.append((*grads, *torch.autograd.grad(total, list(leaves.values()), allow_unused=True)))
+        for a, b in zip(*found, strict=True):
+            if a is None or b is None:  # nothing depends on it
+                assert all(t is None or not t.any() for t in (a, b))
+            else:
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda text, place=place: f"{place}: {text}")
+
+
 def test_results_are_the_same_from_run_to_run():
-    x = torch.randn(6, 4, 9, 9, requires_grad=True)
+    x, residual = torch.randn(2, 6, 4, 9, 9)
     weight = torch.randn(4, requires_grad=True)
-    found = []
-    for _ in range(2):
-        with nw.use("triton"):
-            y = nw.normalize(x, BN, weight, None)
-            found.append((y.detach(), *torch.autograd.grad(y, (x, weight), torch.ones_like(y).cumsum(1))))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    for more in ({}, {"act": "relu", "residual": residual.requires_grad_()}):
+        found = []
+        for _ in range(2):
+            with nw.use("triton"):
+                y = nw.normalize(x.requires_grad_(), BN, weight, None, **more)
+                wanted = (x, weight, *([residual] if more else []))
+                found.append((y.detach(), *torch.autograd.grad(y, wanted, torch.ones_like(y).cumsum(1))))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_offsets_beyond_two_to_the_31(config):
     """The place of the last value of a (2, 2**16, 2**16) tensor, by the kernels' own arithmetic."""
-    import triton as compiler
     import triton.language as tl
 
     triton._kernels()
@@ -207,6 +290,21 @@ def test_offsets_beyond_two_to_the_31(config):
     out = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     last[(1,)](out, 4, 2**16, 2**14, kernels._offsets)
     assert int(out) == 2 * 4 * 2**16 * 2**14 - 1
+
+
+@pytest.mark.skipif(
+    not (Path(compiler.__file__).parent / "backends/nvidia/bin/ptxas").exists(),
+    reason="Triton came without NVIDIA's assembler",
+)
+@pytest.mark.parametrize("which", ["few", pytest.param("all", marks=pytest.mark.slow)])
+def test_the_kernels_compile_for_a_gpu(which, tmp_path):
+    script = Path(__file__).with_name("triton_ahead.py")
+    run = subprocess.run(
+        [sys.executable, script, which],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert int(run.stdout.split()[0]) > 10
 
 
 def test_where_the_kernels_do_not_run_is_a_sentence():

@@ -78,6 +78,7 @@ class Cut:
     BR: int
     splits: int
     chunk: int
+    across: bool  # a tile is as wide as it is across neighbouring statistics: so lie their signs
     sub: tuple[int, int, int, int, int, int]  # backward sums by parameter: K, B, R, BK, BR, chunk
     sub_splits: int
     rows: tuple[int, int, int, int]  # backward of rows: BK, BR, columns, rows of a program
@@ -123,6 +124,10 @@ def _power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def _across(p: Plan, K: int, B: int, config: Config) -> bool:
+    return config.lines > B and K > 1 and p.A > 1
+
+
 @lru_cache(maxsize=4096)
 def cut(
     spec: NormSpec, use_batch: bool, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype,
@@ -143,9 +148,9 @@ def cut(
 
     def tiles(K: int, B: int, R: int) -> tuple[int, int, int, int, bool]:
         """BK, BR, shares, values of a share, and whether a tile holds whole statistics."""
-        BK = min(_power(K), config.lines) if config.lines > B and K > 1 and p.A > 1 else 1
+        BK = min(_power(K), config.lines) if _across(p, K, B, config) else 1
         one = BK * _power(R) <= config.row
-        BR = _power(R) if one else max(1, config.tile // BK)
+        BR = _power(R) if one else max(8, config.tile // BK)
         if one and BK == 1:
             BK = max(1, min(_power(K), config.tile // 4 // BR))
         programs = p.O * _parts(K, BK)
@@ -176,6 +181,7 @@ def cut(
         BR=BR,
         splits=splits,
         chunk=chunk,
+        across=_across(p, p.K, p.B, config),
         sub=(sub_K, sub_B, p.A * sub_B, sub_BK, sub_BR, sub_chunk),
         sub_splits=sub_splits,
         rows=(row_BK, row_BR, columns, _parts(_parts(per_group, row_BK), shares) * row_BK),
@@ -233,16 +239,26 @@ def normalize(call: Call, found: Cut) -> Tensor:
         residual = laid_out(residual, x)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
         return _Normalize.apply(x, weight, bias, residual, call, found)  # type: ignore[return-value]
-    return _forward(x, weight, bias, residual, call, found)[0]
+    return _forward(x, weight, bias, residual, call, found, False)[0]
+
+
+def _kept(act: str | None, residual: bool) -> str:
+    """What backward needs besides x: with a residual its slope is said by the sign of the output, or by itself."""
+    return "none" if act is None or not residual else "bits" if act in BY_SIGN else "residual"
 
 
 def _forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call, found: Cut
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Output; means, biased variances and counts; and the mask, a byte an element in the order of memory."""
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call, found: Cut, keep: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Output; means, biased variances and counts; the mask, a byte an element in the order of memory; and the signs.
+
+    Of the signs there is a bit an element, eight values of a statistic in a byte; only if there is reason to keep them.
+    """
     kernels = _kernels()
     spec, p = call.spec, found.plan
-    y = torch.empty_like(x)
+    y, bits = torch.empty_like(x), None
+    if keep and _kept(call.act, residual is not None) == "bits":
+        bits = x.new_empty(found.Q * _parts(found.R, 8), dtype=torch.uint8)
     flags = None if call.mask is None else _flags(found, call.mask)
     moves = call.use_batch_stats and call.running_var is not None and not found.merged
     mean, var = (computed(t, found.compute) if moves else None for t in (call.running_mean, call.running_var))
@@ -255,14 +271,15 @@ def _forward(
     parameters = (p.G, found.R, 1) if found.by_r else (p.G, p.P, p.S)
     common: dict[str, Any] = {
         "CENTER": spec.center, "MOVES": moves, "W": weight is not None, "BIAS": bias is not None,
-        "RESIDUAL": residual is not None, "BY_R": found.by_r, "ACT": call.act or "none", "MASKED": flags is not None,
-        "COMPUTE": _compute_type(found), "BK": found.BK, "BR": found.BR, "num_warps": found.warps,
+        "RESIDUAL": residual is not None, "BITS": bits is not None, "ACROSS": found.across, "BY_R": found.by_r,
+        "ACT": call.act or "none", "MASKED": flags is not None, "COMPUTE": _compute_type(found),
+        "BK": found.BK, "BR": found.BR, "num_warps": found.warps,
     }  # fmt: skip
     programs = p.O * _parts(p.K, found.BK)
     with _on(x):
         if call.use_batch_stats and found.splits == 1:
             kernels.forward[(programs,)](
-                x, flags, y, weight, bias, residual, statistics, mean, var, *nest, *parameters, found.Q,
+                x, flags, y, bits, weight, bias, residual, statistics, mean, var, *nest, *parameters, found.Q,
                 call.eps, call.new_weight, ONE=found.one, **common,
             )  # fmt: skip
         else:
@@ -274,8 +291,8 @@ def _forward(
                     COMPUTE=common["COMPUTE"], BK=found.BK, BR=found.BR, num_warps=found.warps,
                 )  # fmt: skip
             kernels.apply[(programs, found.splits)](
-                x, flags, y, weight, bias, residual, parts, statistics, mean, var, *nest, *parameters, found.Q,
-                found.stored, found.splits, found.chunk, call.eps, call.new_weight,
+                x, flags, y, bits, weight, bias, residual, parts, statistics, mean, var, *nest, *parameters,
+                found.Q, found.stored, found.splits, found.chunk, call.eps, call.new_weight,
                 GIVEN=not call.use_batch_stats, **common,
             )  # fmt: skip
     if moves:
@@ -289,7 +306,18 @@ def _forward(
                 layout, call.running_mean, call.running_var, batch_mean if spec.center else None, batch_var,
                 layout.count, call.new_weight,
             )  # fmt: skip
-    return y, statistics, flags
+    return y, statistics, flags, bits
+
+
+def _signs(found: Cut, bits: Tensor) -> Tensor:
+    """The bits as a tensor of the input's shape, for the formula."""
+    p = found.plan
+    each = bits.view(p.O, p.K, -1) if not found.across else bits.view(p.O, -1, p.K).transpose(1, 2)
+    each = each.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
+    nest = each.flatten(2)[..., : found.R].unflatten(2, (p.A, p.B)).transpose(1, 2)
+    order = entries(p)
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return nest.reshape([p.layout.split[i] for i in order]).permute(places).reshape(p.layout.shape)
 
 
 def _flags(found: Cut, mask: Tensor) -> Tensor:
@@ -303,9 +331,8 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, call: Call, found: Cut) -> Tensor:
-        y, statistics, flags = _forward(x, weight, bias, residual, call, found)
-        # the sign of y says all that relu's slope needs; other slopes need the residual itself
-        extra = None if residual is None or call.act is None else y if call.act in BY_SIGN else residual
+        y, statistics, flags, bits = _forward(x, weight, bias, residual, call, found, True)
+        extra = residual if _kept(call.act, residual is not None) == "residual" else bits
         ctx.save_for_backward(x, weight, bias, extra, statistics, flags)
         # not the call itself: it would keep alive what autograd frees
         ctx.rest = (call.spec, call.use_batch_stats, call.eps, call.act, call.mask, call.running_mean, call.running_var)
@@ -315,8 +342,12 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
         if torch.is_grad_enabled():
-            layout = ctx.found.plan.layout
-            found = differentiable(ctx.rest, layout, ctx.needs_input_grad, ctx.has_residual, dy, *ctx.saved_tensors)
+            layout, (x, weight, bias, extra, *_) = ctx.found.plan.layout, ctx.saved_tensors
+            if _kept(ctx.rest[3], ctx.has_residual) == "bits":
+                extra = _signs(ctx.found, extra)
+            found = differentiable(
+                ctx.rest, layout, ctx.needs_input_grad, ctx.has_residual, dy, x, weight, bias, extra
+            )  # fmt: skip
         else:
             found = _backward(ctx.rest, ctx.found, ctx.needs_input_grad, ctx.has_residual, dy, *ctx.saved_tensors)
         return (*found, None, None)
@@ -333,10 +364,9 @@ def _backward(
     dy = laid_out(dy, x)
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if extra is not None else None
-    kept = "none" if extra is None else "y" if act in BY_SIGN else "residual"
     common: dict[str, Any] = {
-        "W": weight is not None, "BIAS": bias is not None, "EXTRA": kept, "ACT": act or "none",
-        "MASKED": flags is not None, "COMPUTE": _compute_type(found),
+        "W": weight is not None, "BIAS": bias is not None, "EXTRA": _kept(act, has_residual),
+        "ACROSS": found.across, "ACT": act or "none", "MASKED": flags is not None, "COMPUTE": _compute_type(found),
     }  # fmt: skip
     tensors = (x, flags, dy, extra, weight, bias, statistics)
     with _on(x):

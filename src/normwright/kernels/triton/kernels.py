@@ -11,7 +11,7 @@ Nothing is added by atomics: every sum is left in parts, which whoever comes nex
 are the same from run to run.
 """
 
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 # (the language is Triton's, not Python's)
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def _activate(z, ACT: tl.constexpr):
 
 
 @triton.jit
-def _slope(z, ACT: tl.constexpr):
+def _slope(z, ACT: tl.constexpr, COMPUTE: tl.constexpr):
     """The activation's derivative at z; for relu and leaky_relu the sign of z is enough."""
     if ACT == "relu":
         s = tl.where(z > 0, 1.0, 0.0)
     elif ACT == "leaky_relu":
-        s = tl.where(z > 0, 1.0, 0.01)
+        s = tl.where(z > 0, 1.0, tl.full(z.shape, 0.01, COMPUTE))
     elif ACT == "sigmoid":
         p = _sigmoid(z)
         s = p * (1 - p)
@@ -73,11 +73,19 @@ def _offsets(o, k, r, A, K, B):
 
 
 @triton.jit
+def _byte(o, k, r, K, R, ACROSS: tl.constexpr):
+    """The byte with the sign of an element: eight neighbouring r of one statistic share it.
+
+    ACROSS: neighbouring statistics lie together in memory, and so do their bytes.
+    """
+    bytes = tl.cdiv(R, 8)
+    return (o * bytes + r // 8) * K + k if ACROSS else (o * K + k) * bytes + r // 8
+
+
+@triton.jit
 def _parameter(o, k, r, K, B, G, P, S, BY_R: tl.constexpr):
     """The parameter of an element: r itself within group q % G, or that of k and of b // S."""
-    if BY_R:
-        return (o * K + k) % G * P + r + 0 * k
-    return (k % G) * P + (r % B) // S
+    return (o * K + k) % G * P + r + 0 * k if BY_R else (k % G) * P + (r % B) // S
 
 
 @triton.jit
@@ -188,10 +196,27 @@ def _normalized_tile(
 
 
 @triton.jit
+def _store(
+    y, bits, z, offsets, inside, o, k, start, K, R,
+    BITS: tl.constexpr, ACROSS: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Write a tile, and with BITS whether each element is above 0; `start` is a multiple of 8, or the tile the only."""
+    z = z.to(y.dtype.element_ty)
+    tl.store(y + offsets, z, mask=inside)
+    if BITS:
+        WIDE: tl.constexpr = tl.constexpr(8) if BR > 8 else BR
+        signs = tl.reshape((z > 0).to(tl.int32), [BK, BR // WIDE, WIDE])
+        packed = tl.sum(signs << tl.arange(0, WIDE)[None, None, :], 2).to(tl.uint8)
+        r = start + tl.arange(0, BR // WIDE)[None, :] * WIDE
+        tl.store(bits + _byte(o, k[:, None], r, K, R, ACROSS), packed, mask=(k[:, None] < K) & (r < R))
+
+
+@triton.jit
 def _apply_loop(
-    x, mask, y, weight, bias, residual, o, k, mean, rstd, first, last, A, K, B, R, G, P, S,
-    W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BY_R: tl.constexpr, ACT: tl.constexpr,
-    MASKED: tl.constexpr, COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    x, mask, y, bits, weight, bias, residual, o, k, mean, rstd, first, last, A, K, B, R, G, P, S,
+    W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BITS: tl.constexpr, ACROSS: tl.constexpr,
+    BY_R: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
+    BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     # from the end: what was read last is still in the cache
     for back in range(0, last - first, BR):
@@ -204,7 +229,7 @@ def _apply_loop(
             v, valid, offsets, o, k, r, mean, rstd, weight, bias, residual, K, B, G, P, S,
             W, BIAS, RESIDUAL, BY_R, ACT, COMPUTE,
         )  # fmt: skip
-        tl.store(y + offsets, z.to(y.dtype.element_ty), mask=inside)
+        _store(y, bits, z, offsets, inside, o, k, start, K, R, BITS, ACROSS, BK, BR)
 
 
 @triton.jit
@@ -230,11 +255,11 @@ def _keep(
 
 @triton.jit
 def forward(
-    x, mask, y, weight, bias, residual, statistics, running_mean, running_var,
-    A, K, B, R, G, P, S, Q, eps: tl.constexpr, new_weight,
+    x, mask, y, bits, weight, bias, residual, statistics, running_mean, running_var,
+    A, K, B, R, G, P, S, Q, eps: tl.constexpr, new_weight: tl.float64,
     CENTER: tl.constexpr, MOVES: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    BY_R: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr, ONE: tl.constexpr,
-    BK: tl.constexpr, BR: tl.constexpr,
+    BITS: tl.constexpr, ACROSS: tl.constexpr, BY_R: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr, ONE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Statistics and result in one launch: a program has its statistics to itself; ONE: and reads them at once."""
     o, k = _at(tl.program_id(0), K, BK)
@@ -251,24 +276,24 @@ def forward(
             v, valid, offsets, o, k, r, mean, rstd, weight, bias, residual, K, B, G, P, S,
             W, BIAS, RESIDUAL, BY_R, ACT, COMPUTE,
         )  # fmt: skip
-        tl.store(y + offsets, z.to(y.dtype.element_ty), mask=inside)
+        _store(y, bits, z, offsets, inside, o, k, 0, K, R, BITS, ACROSS, BK, BR)
     else:
         n, mean, m2 = _statistics(x, mask, o, k, 0, R, A, K, B, R, CENTER, MASKED, COMPUTE, BK, BR)
         rstd = 1 / tl.sqrt(m2 / tl.maximum(n, 1) + eps)
         _apply_loop(
-            x, mask, y, weight, bias, residual, o, k, mean, rstd, 0, R, A, K, B, R, G, P, S,
-            W, BIAS, RESIDUAL, BY_R, ACT, MASKED, COMPUTE, BK, BR,
+            x, mask, y, bits, weight, bias, residual, o, k, mean, rstd, 0, R, A, K, B, R, G, P, S,
+            W, BIAS, RESIDUAL, BITS, ACROSS, BY_R, ACT, MASKED, COMPUTE, BK, BR,
         )  # fmt: skip
     _keep(statistics, running_mean, running_var, o, k, n, mean, m2, K, Q, new_weight, CENTER, MOVES)
 
 
 @triton.jit
 def apply(
-    x, mask, y, weight, bias, residual, parts, statistics, running_mean, running_var,
-    A, K, B, R, G, P, S, Q, stored, splits, chunk, eps: tl.constexpr, new_weight,
+    x, mask, y, bits, weight, bias, residual, parts, statistics, running_mean, running_var,
+    A, K, B, R, G, P, S, Q, stored, splits, chunk, eps: tl.constexpr, new_weight: tl.float64,
     GIVEN: tl.constexpr, CENTER: tl.constexpr, MOVES: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, BY_R: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
-    BK: tl.constexpr, BR: tl.constexpr,
+    RESIDUAL: tl.constexpr, BITS: tl.constexpr, ACROSS: tl.constexpr, BY_R: tl.constexpr, ACT: tl.constexpr,
+    MASKED: tl.constexpr, COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """The result from parts of statistics, or from statistics that are given (of which there are `stored`)."""
     o, k = _at(tl.program_id(0), K, BK)
@@ -292,32 +317,32 @@ def apply(
             _keep(statistics, running_mean, running_var, o, k, n, mean, m2, K, Q, new_weight, CENTER, MOVES)
     first = split * chunk
     _apply_loop(
-        x, mask, y, weight, bias, residual, o, k, mean, rstd, first, tl.minimum(first + chunk, R),
-        A, K, B, R, G, P, S, W, BIAS, RESIDUAL, BY_R, ACT, MASKED, COMPUTE, BK, BR,
+        x, mask, y, bits, weight, bias, residual, o, k, mean, rstd, first, tl.minimum(first + chunk, R),
+        A, K, B, R, G, P, S, W, BIAS, RESIDUAL, BITS, ACROSS, BY_R, ACT, MASKED, COMPUTE, BK, BR,
     )  # fmt: skip
 
 
 @triton.jit
 def _gradient_tile(
-    x, mask, dy, extra, weight, bias, offsets, inside, p, mean, rstd,
-    W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    x, mask, dy, extra, weight, bias, offsets, inside, o, k, r, K, R, p, mean, rstd,
+    W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr, ACROSS: tl.constexpr, ACT: tl.constexpr,
+    MASKED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """x̂, the gradient behind the activation, and the weight, of a tile; EXTRA: "y" or "residual" was kept."""
+    """x̂, the gradient behind the activation, and the weight, of a tile; EXTRA: "bits" or "residual" was kept."""
     v, valid = _load(x, mask, offsets, inside, MASKED, COMPUTE)
     g = tl.load(dy + offsets, mask=valid, other=0.0).to(COMPUTE)
     normal = tl.where(valid, _centred(v, mean) * rstd, 0.0)
     w = tl.load(weight + p, mask=valid, other=0.0) if W else tl.full(normal.shape, 1.0, COMPUTE)
     if ACT != "none":
-        if EXTRA == "y":
-            z = tl.load(extra + offsets, mask=valid, other=0.0).to(COMPUTE)
+        if EXTRA == "bits":
+            z = tl.load(extra + _byte(o, k, r, K, R, ACROSS), mask=valid, other=0).to(tl.int32) >> r % 8 & 1
         else:
             z = normal * w
             if BIAS:
                 z = z + tl.load(bias + p, mask=valid, other=0.0)
             if EXTRA == "residual":
                 z = z + tl.load(extra + offsets, mask=valid, other=0.0).to(COMPUTE)
-        g = tl.where(valid, g * _slope(z, ACT), 0.0)
+        g = tl.where(valid, g * _slope(z, ACT, COMPUTE), 0.0)
     return normal, g, w, valid
 
 
@@ -338,8 +363,8 @@ def _given(
 @triton.jit
 def backward_partials(
     x, mask, dy, extra, weight, bias, statistics, sums, A, K, B, R, G, P, stored, chunk, Q, eps: tl.constexpr,
-    W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
-    COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr, ACROSS: tl.constexpr, ACT: tl.constexpr,
+    MASKED: tl.constexpr, COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Σ g and Σ g·x̂ over a share of the values that have one parameter in one statistic; `sums` is (2, splits, Q).
 
@@ -348,15 +373,19 @@ def backward_partials(
     o, k = _at(tl.program_id(0), K, BK)
     split, splits = tl.program_id(1), tl.num_programs(1)
     within = K // P
-    mean, rstd, _ = _given(statistics, (o * within + k // P) % stored, k < K, stored, eps, False, False, COMPUTE, R)
+    mean, rstd, _share = _given(
+        statistics, (o * within + k // P) % stored, k < K, stored, eps, False, False, COMPUTE, R
+    )  # fmt: skip
     p = (k // P % G * P + k % P)[:, None] + tl.zeros([1, BR], tl.int32)
     plain, scaled = tl.zeros([BK], COMPUTE), tl.zeros([BK], COMPUTE)
     for start in range(split * chunk, tl.minimum(split * chunk + chunk, R), BR):
         r = start + tl.arange(0, BR)[None, :]
         offsets = _offsets(o, k[:, None], r, A, K, B)
-        normal, g, _, _ = _gradient_tile(
-            x, mask, dy, extra, weight, bias, offsets, (k[:, None] < K) & (r < R), p, mean[:, None], rstd[:, None],
-            W, BIAS, EXTRA, ACT, MASKED, COMPUTE,
+        inside = (k[:, None] < K) & (r < R)
+        whole_r = r // B * (B * P) + k[:, None] % P * B + r % B  # of the statistic, of which P parts are told apart
+        normal, g, _w, _valid = _gradient_tile(
+            x, mask, dy, extra, weight, bias, offsets, inside, o, k[:, None] // P, whole_r, within, R * P, p,
+            mean[:, None], rstd[:, None], W, BIAS, EXTRA, ACROSS, ACT, MASKED, COMPUTE,
         )  # fmt: skip
         plain += tl.sum(g, 1)
         scaled += tl.sum(g * normal, 1)
@@ -370,8 +399,8 @@ def backward_apply(
     x, mask, dy, extra, weight, bias, statistics, sums, dx, dresidual,
     A, K, B, R, G, P, S, Q, stored, splits, chunk, eps: tl.constexpr,
     BATCH: tl.constexpr, CENTER: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr,
-    DRESIDUAL: tl.constexpr, BY_R: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
-    BK: tl.constexpr, BR: tl.constexpr,
+    ACROSS: tl.constexpr, DRESIDUAL: tl.constexpr, BY_R: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd·(w·g − mean(w·g) − x̂·mean(w·g·x̂)), and the residual's gradient g; `sums` is (2, splits, Q·P)."""
     o, k = _at(tl.program_id(0), K, BK)
@@ -397,8 +426,8 @@ def backward_apply(
         offsets = _offsets(o, k[:, None], r, A, K, B)
         p = _parameter(o, k[:, None], r, K, B, G, P, S, BY_R)
         normal, g, w, valid = _gradient_tile(
-            x, mask, dy, extra, weight, bias, offsets, inside, p, mean[:, None], rstd[:, None],
-            W, BIAS, EXTRA, ACT, MASKED, COMPUTE,
+            x, mask, dy, extra, weight, bias, offsets, inside, o, k[:, None], r, K, R, p,
+            mean[:, None], rstd[:, None], W, BIAS, EXTRA, ACROSS, ACT, MASKED, COMPUTE,
         )  # fmt: skip
         d = rstd[:, None] * (w * g - plain[:, None] - normal * scaled[:, None])
         tl.store(dx + offsets, tl.where(valid, d, 0.0).to(dx.dtype.element_ty), mask=inside)
@@ -409,19 +438,20 @@ def backward_apply(
 @triton.jit
 def backward_row_sums(
     x, mask, dy, extra, weight, bias, statistics, sums, A, K, B, R, G, Q, eps: tl.constexpr,
-    W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
-    COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr, ACROSS: tl.constexpr, ACT: tl.constexpr,
+    MASKED: tl.constexpr, COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Σ w·g and Σ w·g·x̂ of rows with a parameter for every element; `sums` is (2, Q)."""
     o, k = _at(tl.program_id(0), K, BK)
-    mean, rstd, _ = _given(statistics, o * K + k, k < K, Q, eps, False, False, COMPUTE, R)
+    mean, rstd, _share = _given(statistics, o * K + k, k < K, Q, eps, False, False, COMPUTE, R)
     plain, scaled = tl.zeros([BK], COMPUTE), tl.zeros([BK], COMPUTE)
     for start in range(0, R, BR):
         r = start + tl.arange(0, BR)[None, :]
         p = _parameter(o, k[:, None], r, K, B, G, R, 1, True)
-        normal, g, w, _ = _gradient_tile(
-            x, mask, dy, extra, weight, bias, _offsets(o, k[:, None], r, A, K, B), (k[:, None] < K) & (r < R), p,
-            mean[:, None], rstd[:, None], W, BIAS, EXTRA, ACT, MASKED, COMPUTE,
+        normal, g, w, _valid = _gradient_tile(
+            x, mask, dy, extra, weight, bias, _offsets(o, k[:, None], r, A, K, B), (k[:, None] < K) & (r < R),
+            o, k[:, None], r, K, R, p, mean[:, None], rstd[:, None],
+            W, BIAS, EXTRA, ACROSS, ACT, MASKED, COMPUTE,
         )  # fmt: skip
         plain += tl.sum(w * g, 1)
         scaled += tl.sum(w * g * normal, 1)
@@ -434,7 +464,7 @@ def backward_rows(
     x, mask, dy, extra, weight, bias, statistics, sums, dx, dresidual, dparameters,
     A, K, B, R, G, Q, rows, eps: tl.constexpr,
     KNOWN: tl.constexpr, CENTER: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr,
-    DRESIDUAL: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
+    ACROSS: tl.constexpr, DRESIDUAL: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
     BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Gradients of rows that have a parameter for every element: dx, and the parameters' over this program's rows.
@@ -455,8 +485,9 @@ def backward_rows(
         p = group * R + r + 0 * j[:, None]
         mean, rstd, share = _given(statistics, q, q < Q, Q, eps, MASKED, True, COMPUTE, R)
         normal, g, w, valid = _gradient_tile(
-            x, mask, dy, extra, weight, bias, offsets, inside, p, mean, rstd, W, BIAS, EXTRA, ACT, MASKED, COMPUTE
-        )
+            x, mask, dy, extra, weight, bias, offsets, inside, q // K, q % K, r, K, R, p, mean, rstd,
+            W, BIAS, EXTRA, ACROSS, ACT, MASKED, COMPUTE,
+        )  # fmt: skip
         if KNOWN:
             plain = tl.load(sums + q, mask=q < Q, other=0.0)
             scaled = tl.load(sums + Q + q, mask=q < Q, other=0.0)
