@@ -15,7 +15,7 @@ import normwright as nw
 from normwright.lab import engine
 from normwright.lab.data import Dataset
 from normwright.lab.engine import End, Epoch, Job, Start, make_optimizer
-from normwright.lab.packed import CannotPack, FlatOptimizer, Step, evaluate, fastest, pack, packed, train, train_epoch
+from normwright.lab.packed import CannotPack, FlatOptimizer, Step, evaluate, fastest, graph, pack, packed, train_epoch
 from normwright.lab.packed.graph import Watch, why_not_replayed
 from normwright.lab.packed.leaves import Conv, Each
 from normwright.lab.study import Arm, Study
@@ -653,6 +653,7 @@ def on_meta(step):
             if isinstance(value, torch.Tensor):
                 setattr(holder, name, value.to("meta"))
     optimizer.state = {name: value.to("meta") for name, value in optimizer.state.items()}
+    step.again = None
 
 
 STEPS = [
@@ -666,6 +667,7 @@ STEPS = [
 def test_nothing_in_an_epoch_waits_for_the_device(build, settings, clip, own):
     """On the CPU no operator's result is read; on the meta device none could be, as there are no values."""
     step, orders = step_of(build, settings, clip=clip, own=own)
+    step.epoch(orders, 10)
     watches = [Watch(orders.device) for _ in range(2)]
     for watch in watches:
         with watch:
@@ -731,7 +733,7 @@ FAULTS = {
     Numbers: "a tensor is made of Python's numbers",
     Draws: "a generator of its own",
     Counts: "other numbers or other tensors",
-    Remembers: "one step had",
+    Remembers: "other numbers or other tensors",
 }
 
 
@@ -793,7 +795,7 @@ def graphs(monkeypatch):
             pass
 
     Recorder.replays = 0
-    monkeypatch.setattr(train, "captures", lambda device: True)
+    monkeypatch.setattr(graph, "captures", lambda device: True)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
@@ -837,7 +839,7 @@ def test_replays_train_bit_for_bit_as_steps_do(graphs, monkeypatch, name, own):
     replayed = trained(step, 3, epochs=4, own=own)
     assert step.pack.notes == []
     assert Recorder.replays == 8 - 3  # two watched, one to warm up
-    monkeypatch.setattr(train, "captures", lambda device: False)
+    monkeypatch.setattr(graph, "captures", lambda device: False)
     same_bits(replayed, trained(step_of(REPLAYED[name], settings, clip=0.5)[0], 3, epochs=4, own=own))
 
 
@@ -865,7 +867,7 @@ def test_replays_see_what_changes_between_them(graphs, monkeypatch, settings, cl
     for name, value in step.pack.unpack(1).items():
         if name in step.pack.trained:
             assert torch.equal(value, kept[name])  # it was dropped after the second epoch
-    monkeypatch.setattr(train, "captures", lambda device: False)
+    monkeypatch.setattr(graph, "captures", lambda device: False)
     same_bits(replayed, run()[0])
 
 
@@ -876,17 +878,17 @@ def test_what_a_replay_would_get_wrong_runs_as_steps_and_is_told(graphs, monkeyp
     assert Recorder.replays == 0
     assert "a step is no CUDA graph: " in step.pack.explain()
     assert FAULTS[fault] in step.pack.explain()
-    monkeypatch.setattr(train, "captures", lambda device: False)
+    monkeypatch.setattr(graph, "captures", lambda device: False)
     same_bits(plain, trained(step_of(with_fault(fault), OPTIMIZERS[0])[0], 3))
 
 
 def test_a_replay_does_get_them_wrong(graphs, monkeypatch):
     """That the recorder shows what a graph would do, and is no second execution of Python."""
-    monkeypatch.setattr(train, "why_not_replayed", lambda *watches: None)
+    monkeypatch.setattr(graph, "why_not_replayed", lambda *watches: None)
     for fault in (Counts, Remembers):
-        monkeypatch.setattr(train, "captures", lambda device: True)
+        monkeypatch.setattr(graph, "captures", lambda device: True)
         replayed = trained(step_of(with_fault(fault), OPTIMIZERS[0])[0], 3)
-        monkeypatch.setattr(train, "captures", lambda device: False)
+        monkeypatch.setattr(graph, "captures", lambda device: False)
         plain = trained(step_of(with_fault(fault), OPTIMIZERS[0])[0], 3)
         assert any(not torch.equal(a, b) for a, b in zip(replayed, plain, strict=True))
 
@@ -899,7 +901,7 @@ def test_the_engine_trains_the_same_with_replays(graphs, monkeypatch, dropout):
     with nw.use("native"):
         replayed = train_engine(packed, job, runs(job, each=each))[0]
         assert Recorder.replays > 15
-        monkeypatch.setattr(train, "captures", lambda device: False)
+        monkeypatch.setattr(graph, "captures", lambda device: False)
         plain = train_engine(packed, job, runs(job, each=each))[0]
     for run, events in replayed.items():
         for a, b in zip(events, plain[run], strict=True):
@@ -908,6 +910,19 @@ def test_the_engine_trains_the_same_with_replays(graphs, monkeypatch, dropout):
             other = b.checkpoint if isinstance(b, Epoch) else b.trained
             for key, value in other["model"].items():
                 torch.testing.assert_close(state["model"][key], value, rtol=0, atol=0, equal_nan=True, msg=key)
+
+
+@pytest.mark.parametrize("fault", [None, Reads], ids=["none", "reads"])
+def test_ways_are_timed_as_replays_and_change_nothing(graphs, fault):
+    build = with_fault(fault) if fault else NETWORKS["batch norm"]
+    network = pack(networks(build, 3, torch.float32), SHAPE)
+    before = [network.unpack(k) for k in range(3)]
+    fastest(network, (9, *SHAPE), shared=False)  # a size that no other test has measured
+    assert (Recorder.replays > 0) == (fault is None)
+    assert "ms with channels first" in network.explain()
+    assert not network.gradient.any()
+    for k, state in enumerate(before):
+        assert all(torch.equal(network.unpack(k)[name], value) for name, value in state.items())
 
 
 def timeless(metrics):

@@ -1,10 +1,10 @@
-"""When the step of a pack may become a CUDA graph, and the making of one.
+"""Work on a GPU that becomes a CUDA graph, and when it may.
 
 A graph replays kernels on the addresses that they were captured with. What Python decided meanwhile stays as it was:
 a number that it counted up, a tensor that it put in another's place, a value that it read from the device, for which a
 capture fails. A layer of an unknown kind may do any of these, and two of the three would train wrong without a word. So
-two steps are watched first, operator by operator, and only a step that does the same things to the same tensors twice
-is captured.
+two calls are watched first, operator by operator, and only work that does the same things to the same tensors twice is
+captured.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-__all__ = ["Watch", "capture", "why_not_replayed"]
+__all__ = ["Replayed", "Watch", "why_not_replayed"]
 
 _READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _INDEXED = {
@@ -95,16 +95,68 @@ def why_not_replayed(first: Watch, second: Watch) -> str | None:
     if waits := [*first.waits, *second.waits]:
         return waits[0]
     if len(first.calls) != len(second.calls):
-        return f"one step had {len(first.calls)} operators, the next {len(second.calls)}"
+        return f"one call had {len(first.calls)} operators, the next {len(second.calls)}"
     for one, other in zip(first.calls, second.calls, strict=True):
         if repr(one) != repr(other):  # by text, as NaN is not itself
-            return f"{one[0]} was called with other numbers or other tensors in the next step"
+            return f"{one[0]} was called with other numbers or other tensors the next time"
     return None
 
 
-def capture(run: Callable[[], None], stream: Any) -> Callable[[], None]:
-    """A function that launches, at once, what `run` does on the device; `run` itself is recorded and not done."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-    return graph.replay
+def captures(device: torch.device) -> bool:
+    """Whether work on this device becomes graphs."""
+    return device.type == "cuda"
+
+
+class Replayed:
+    """`run`, of which on CUDA every call from the fourth on is one launch of a graph, if it may be one.
+
+    The first call warms up and makes what is made once, two are watched, and the fourth is captured, all on the stream
+    of the capture. `run` works on tensors that stay where they are. Elsewhere, and where a replay would differ, every
+    call is `run` itself; `refused` is told why. This was written without a GPU at hand and has not been run on one; a
+    recorder of operators that replays them in place of a graph proves it (`tests/lab/test_packed.py`).
+    """
+
+    def __init__(self, run: Callable[[], object], device: torch.device, refused: Callable[[str], object]) -> None:
+        self.run, self.refused, self.device = run, refused, device
+        self.stream = torch.cuda.Stream(device) if captures(device) else None
+        self.warm = False
+        self.watches: list[Watch] = []
+        self.replay: Callable[[], None] | None = None
+
+    def __call__(self) -> None:
+        if self.replay is None and len(self.watches) == 2:
+            why = why_not_replayed(*self.watches)
+            self.watches.clear()
+            if why is None:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=self.stream):
+                    self.run()  # recorded, and not done
+                self.replay = graph.replay
+            else:
+                self.stream = None
+                self.refused(why)
+        if self.replay is not None:
+            self.replay()
+        elif self.stream is None:
+            self.run()
+        else:
+            self._before(self.stream)
+
+    def prepare(self) -> None:
+        """Make the calls that come before replays, if there will be any."""
+        while self.stream is not None and self.replay is None:
+            self()
+
+    def _before(self, stream: torch.cuda.Stream) -> None:
+        """The first call, and the two that are watched."""
+        here = torch.cuda.current_stream()
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            if self.warm:
+                self.watches.append(Watch(self.device))
+                with self.watches[-1]:
+                    self.run()
+            else:
+                self.warm = True
+                self.run()
+        here.wait_stream(stream)

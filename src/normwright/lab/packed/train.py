@@ -33,7 +33,7 @@ from ..engine import (
     parts,
 )
 from .fastest import fastest
-from .graph import Watch, capture, why_not_replayed
+from .graph import Replayed
 from .leaves import CannotPack
 from .network import Packed, pack
 from .optimizer import FlatOptimizer
@@ -48,10 +48,7 @@ WIDTH = 16
 class Step:
     """One step of training on a batch; adds to the networks' losses and numbers of right answers.
 
-    Nothing in it waits for the device. On CUDA the step of a full batch becomes a graph, if it does the same things
-    to the same tensors each time: the first two are watched (see `graph`), the third runs as it is on the stream where
-    the fourth is captured, and from then on one launch is a step. This was written without a GPU at hand and has not
-    been run on one; a recorder of operators that replays them in place of a graph proves it (`tests/lab`).
+    Nothing in it waits for the device. On CUDA the step of a full batch becomes a graph (see `Replayed`).
 
     `x`, `y`: all images (n, c, …) and labels (n), of which a step is told the numbers.
     """
@@ -68,45 +65,23 @@ class Step:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        self.stream = torch.cuda.Stream(device) if captures(device) else None
-        self.watches: list[Watch] = []
-        self.warm = False
         self.chosen: Tensor | None = None
-        self.replay: Callable[[], None] | None = None
+        self.again: Replayed | None = None
 
     def __call__(self, chosen: Tensor) -> None:
         """`chosen`: numbers of the images, (b) the same for all networks, or (b, k)."""
-        if self.stream is None:
+        if self.chosen is None or self.again is None:
+            static = self.chosen = chosen.clone()
+            self.again = Replayed(
+                lambda: self._run(static),
+                chosen.device,
+                lambda why: self.pack.notes.append(f"a step is no CUDA graph: {why}"),
+            )
+        if chosen.shape == self.chosen.shape:
+            self.chosen.copy_(chosen)
+            self.again()
+        else:  # the last batch, which is ragged
             self._run(chosen)
-            return
-        if self.chosen is None:
-            self.chosen = chosen.clone()
-        if chosen.shape != self.chosen.shape:  # the last batch, which is ragged
-            self._run(chosen)
-            return
-        self.chosen.copy_(chosen)
-        if self.replay is not None:
-            self.replay()
-        elif len(self.watches) < 2:
-            self.watches.append(Watch(self.pack.flat.device))
-            with self.watches[-1]:
-                self._run(self.chosen)
-        elif not self.warm:
-            why = why_not_replayed(*self.watches)
-            if why is not None:
-                self.pack.notes.append(f"a step is no CUDA graph: {why}")
-                self.stream = None
-                self._run(chosen)
-                return
-            self.warm = True
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self._run(self.chosen)
-            torch.cuda.current_stream().wait_stream(self.stream)
-        else:
-            static = self.chosen
-            self.replay = capture(lambda: self._run(static), self.stream)
-            self.replay()
 
     def _run(self, chosen: Tensor) -> None:
         pack, B = self.pack, len(chosen)
@@ -149,11 +124,6 @@ class Step:
         if tick is not None:
             tick((n - reported) * K)
         return self.losses / n, self.correct.to(self.pack.flat.dtype) / n
-
-
-def captures(device: torch.device) -> bool:
-    """Whether steps on this device become graphs."""
-    return device.type == "cuda"
 
 
 def train_epoch(
