@@ -6,12 +6,14 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from test_engine import STUDY, Watcher, build, job, journal_with, recorded
 from torch import nn
 
 from normwright.lab import executor
 from normwright.lab.errors import UserError
-from normwright.lab.packed import WIDTH
+from normwright.lab.packed import WIDTH, width
+from normwright.lab.packed.width import COPIES, MOST, PASSING, SHARE, footprint
 from normwright.lab.study import Arm
 
 
@@ -50,6 +52,32 @@ def test_alike_runs_are_grouped_and_no_group_is_wider_than_pays(data, tmp_path):
         assert found == [[(arm, seed) for seed in s] for arm in ("bn", "none") for s in (seeds[:half], seeds[half:])]
         assert said == []
         assert grouped(work, journal, "sequential")[0] == [[(run.arm, run.seed)] for run in journal.runs()]
+
+
+def test_on_a_gpu_as_many_networks_are_packed_as_fit(data, monkeypatch):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 3))
+    saved = (64 + 5) * 4  # the image, and tanh's output: its own gradient and the second layer's need the same tensor
+    parameters = (64 * 5 + 5 + 5 * 3 + 3) * 4
+    expected = PASSING * 300 * saved + COPIES * parameters
+    before = torch.get_rng_state()
+    assert footprint(model, (1, 8, 8), 300) == expected
+    assert torch.equal(torch.get_rng_state(), before)
+    work = replace(job(data), device=torch.device("cuda"))
+    settings = {**work.settings["bn"], "batch_size": 512}
+    shape = (data.channels, *data.size)
+    need = footprint(build(settings, shape, 3), shape, 512)
+    for free, networks in ((0, 1), (need * 20.5 / SHARE, 20), (1e12, MOST)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2e12))
+        assert width(work, "bn", settings) == networks
+    assert width(job(data), "bn", settings) == WIDTH
+
+
+def test_twenty_seeds_of_an_arm_are_one_pack_where_they_fit(data, tmp_path, monkeypatch):
+    work = job(data)
+    monkeypatch.setattr("normwright.lab.packed.width", lambda job, arm, settings: MOST)
+    journal, _ = journal_with(tmp_path / "j.sqlite", work, range(20))
+    with journal:
+        assert grouped(work, journal, "auto")[0] == [[(arm, seed) for seed in range(20)] for arm in ("bn", "none")]
 
 
 def test_learning_rates_are_packed_and_other_settings_are_not(data, tmp_path):

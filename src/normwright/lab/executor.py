@@ -63,7 +63,7 @@ def groups(job: Job, runs: Sequence[Run], engine: str, watcher: Watcher) -> list
     """
     if engine == "sequential" or (engine == "auto" and job.study.procedure is not None):
         return [[run] for run in runs]
-    from .packed import WIDTH
+    from .packed import width
 
     free = {"lr", "weight_decay", *job.study.packs}
     alike: dict[str, list[Run]] = {}
@@ -83,8 +83,10 @@ def groups(job: Job, runs: Sequence[Run], engine: str, watcher: Watcher) -> list
                 watcher.say(f"{arm}: its networks train one by one, since {reason}")
         found += [[run] for run in same if reasons.get(run.arm) is not None]
         rest = [run for run in same if reasons.get(run.arm) is None]
-        size = math.ceil(len(rest) / max(1, math.ceil(len(rest) / WIDTH)))  # 12 runs at a width of 10 are 6 and 6
-        found += [rest[i : i + size] for i in range(0, len(rest), max(1, size))]
+        if rest:
+            most = width(job, rest[0].arm, rest[0].config) if len(rest) > 1 else 1
+            size = math.ceil(len(rest) / math.ceil(len(rest) / most))  # 12 runs at a width of 10 are 6 and 6
+            found += [rest[i : i + size] for i in range(0, len(rest), size)]
     return found
 
 

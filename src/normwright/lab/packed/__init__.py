@@ -16,7 +16,8 @@ from .fastest import fastest
 from .leaves import CannotPack
 from .network import Packed, pack
 from .optimizer import FlatOptimizer
-from .train import WIDTH, Step, evaluate, packed, train_epoch
+from .train import Step, evaluate, packed, train_epoch
+from .width import WIDTH, width
 
 __all__ = [
     "WIDTH",
@@ -29,4 +30,5 @@ __all__ = [
     "pack",
     "packed",
     "train_epoch",
+    "width",
 ]

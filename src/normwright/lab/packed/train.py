@@ -38,11 +38,7 @@ from .leaves import CannotPack
 from .network import Packed, pack
 from .optimizer import FlatOptimizer
 
-__all__ = ["WIDTH", "Step", "evaluate", "packed", "train_epoch"]
-
-# Networks in a pack, at most. LeNet with batch norm, batches of 256, one order of images: CPU time of an image by hand
-# over that of an image and model here 1.66 at 4, 1.77 at 8, 1.96 at 16; one thread of a Zen 5, medians of 9 turns.
-WIDTH = 16
+__all__ = ["Step", "evaluate", "packed", "train_epoch"]
 
 
 class Step:
