@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_cpu import BN, LN, PLACES, buffers_of, lay, maskable, statistic_of
+from test_cpu import BN, LAYERS, LN, PLACES, buffers_of, compare_compiled, lay, maskable, statistic_of
 from test_functional import Problem
 from tolerances import assert_close
 
@@ -204,7 +204,7 @@ def test_bits_are_the_signs_of_the_output(act, config):
             call = Call(p.x, p.spec, p.weight, p.bias, mean, var, not evaluate, 0.1, p.eps, act, p.residual, p.mask)
             x = p.x.contiguous() if found.plan.copy else p.x
             residual = p.residual if p.residual.stride() == x.stride() else torch.empty_like(x).copy_(p.residual)
-            y, _, _, bits = triton._forward(x, p.weight, p.bias, residual, call, found, True)
+            y, _, _, bits = triton.forward(x, p.weight, p.bias, residual, call, found)
             assert torch.equal(triton._signs(found, bits), (y > 0).byte()), place
             assert bits.numel() == found.Q * (-(-found.R // 8))
             assert sum((bits >> i & 1).sum() for i in range(8)) == (y > 0).sum(), place
@@ -273,6 +273,69 @@ def test_results_are_the_same_from_run_to_run():
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+# ----------------------------------------------------------------------------------------------------- torch.compile
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_compiled_is_eager(kind):
+    make, shape = LAYERS[kind]
+    for memory in ("contiguous", "channels_last") if len(shape) == 4 else ("contiguous",):
+        compare_compiled("aot_eager", make, [shape], memory, kernel="triton")
+
+
+def test_compiled_with_residual_mask_and_changing_batches():
+    make, (_, *rest) = LAYERS["batch"]
+    compare_compiled("aot_eager", make, [(n, *rest) for n in (4, 7, 9)], residual=True, dynamic=True, kernel="triton")
+    compare_compiled("aot_eager", make, [(4, *rest)], residual=True, mask=True, kernel="triton")
+    other = lambda: nw.GroupNorm(2, 4, act="silu")  # noqa: E731
+    compare_compiled("aot_eager", other, [(3, 4, 5, 2)], residual=True, kernel="triton", training=[True])
+
+
+def test_compiled_graphs_hold_the_kernels_and_only_where_they_were_demanded():
+    """The graph calls the operator with the backend's name, whose gradients are the eager ones bit by bit."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph
+
+    sizes = [(6, 4, 5, 5), (4,), (6, 4, 5, 5)]
+    x, weight, residual = (torch.randn(size, device=DEVICE, requires_grad=True) for size in sizes)
+    run = lambda *t: nw.normalize(t[0], BN, t[1], None, act="relu", residual=t[2])  # noqa: E731
+    compiled = torch.compile(run, backend=backend, fullgraph=True)
+    gradients = []
+    with nw.use("triton"):
+        for call in (run, compiled, compiled):
+            y = call(x, weight, residual)
+            gradients.append((y.detach(), *torch.autograd.grad(y.square().sum(), (x, weight, residual))))
+    assert all(torch.equal(a, b) for found in gradients[1:] for a, b in zip(found, gradients[0], strict=True))
+    compiled(x, weight, residual)
+    assert len(graphs) == 2
+    assert "normwright.forward" in graphs[0]
+    assert ", triton)" in graphs[0]
+    assert "triton" not in graphs[1]
+
+
+@pytest.mark.parametrize(
+    ("row", "extra"), [("BatchNorm", {"residual": True, "act": "relu", "mask": 1}), ("LayerNorm", {"act": "gelu"})],
+    ids=str,
+)  # fmt: skip
+def test_operators_keep_torchs_rules(row, extra):
+    """Schema, fake tensors, autograd registration and tracing, by torch's own check."""
+    spec = nw.CATALOG[row].spec
+    p = Problem(spec, (6, 3), F32, **extra)
+    leaves = p.leaves()
+    words = (spec.pattern, spec.affine, True, spec.running, [], [], True, 1e-5, p.act, "triton")
+    arguments = (leaves["dx"], leaves["dweight"], leaves["dbias"], None, None, leaves.get("dresidual"), p.mask, *words)
+    torch.library.opcheck(torch.ops.normwright.forward.default, arguments)
+    detached = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)
+    _, statistics, bits = torch.ops.normwright.forward(*detached)
+    assert statistics.numel() == 3 * (3 if row == "BatchNorm" else 6)
+    assert bits.numel() == (3 if row == "BatchNorm" else 0)
+    torch.library.opcheck(torch.ops.normwright.backward.default, (p.dy, bits, statistics, *detached))
+
+
 def test_offsets_beyond_two_to_the_31(config):
     """The place of the last value of a (2, 2**16, 2**16) tensor, by the kernels' own arithmetic."""
     import triton.language as tl
@@ -328,6 +391,6 @@ def test_without_the_interpreter_the_cpu_is_refused(monkeypatch):
     monkeypatch.setattr(triton, "interpreting", lambda: False)
     with nw.use("triton"), pytest.raises(RuntimeError, match="only TRITON_INTERPRET=1 runs these kernels"):
         nw.normalize(torch.randn(4, 3), LN, None, None)
-    monkeypatch.setattr(triton, "_missing", lambda: "triton is not installed")
+    monkeypatch.setattr(triton, "UNAVAILABLE", "triton is not installed")
     with nw.use("triton"), pytest.raises(RuntimeError, match="triton is not installed"):
         nw.normalize(torch.randn(4, 3), LN, None, None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...spec import NormSpec
-from .. import native
+from .. import compiled, native
 from ..call import Call, check_sizes
 from ..common import (
     BY_SIGN,
@@ -31,9 +31,11 @@ from ..common import (
     valid_part,
 )
 from ..plan import NoPlan, Plan, plan
-from . import build, compiled, context
+from . import build, context
 
-__all__ = ["WORTH", "normalize", "prepare"]
+__all__ = ["STATISTICS", "WORTH", "backward", "expand_mask", "forward", "normalize", "prepare", "saved"]
+
+STATISTICS = 2  # rows: means and variances
 
 _NAMES = {
     torch.float32: "float32",
@@ -238,7 +240,7 @@ def prepare(call: Call, demanded: bool) -> Recipe | ModuleType | str:
 def normalize(call: Call, found: Recipe | ModuleType) -> Tensor:
     """`act(norm(x) · weight + bias + residual)` by compiled kernels; arguments as in `functional.normalize`."""
     if not isinstance(found, Recipe):
-        return compiled.normalize(call)
+        return compiled.normalize(call, "cpu")
     x, weight, bias, residual = call.x, call.weight, call.bias, call.residual
     check_sizes(call, found.plan.parameters, found.running)
     if found.plan.copy:
@@ -256,7 +258,7 @@ def normalize(call: Call, found: Recipe | ModuleType) -> Tensor:
         or (residual is not None and residual.requires_grad)
     ):
         return _apply(x, weight, bias, residual, call, found)
-    return _forward(x, weight, bias, residual, call, found)[0]
+    return forward(x, weight, bias, residual, call, found)[0]
 
 
 @cache
@@ -272,7 +274,7 @@ def _row_parameters(weight: Tensor | None, bias: Tensor | None, found: Recipe) -
     return weight, _constant(0.0, size, found.compute) if bias is None else bias
 
 
-def _forward(
+def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call, found: Recipe
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output, statistics (means, then variances, in double), and the mask as the kernels read it."""
@@ -280,7 +282,7 @@ def _forward(
     y = torch.empty_like(x)
     if found.family == "rows":
         weight, bias = _row_parameters(weight, bias, found)
-    flags = None if mask is None else _expand_mask(found, x, mask)
+    flags = None if mask is None else expand_mask(found, mask)
     n, center = found.statistics, spec.center
     statistics = (
         torch.empty(2 * n, dtype=torch.float64) if use_batch else native.batch_statistics(call, found.plan.layout)
@@ -328,7 +330,7 @@ def _forward(
     return y, statistics, flags
 
 
-def _expand_mask(found: Recipe, x: Tensor, mask: Tensor) -> Tensor:
+def expand_mask(found: Recipe, mask: Tensor) -> Tensor:
     """The mask in the order of memory: for columns one entry an element, otherwise one a position."""
     layout = found.plan.layout
     full = mask.reshape(layout.mask_view(tuple(mask.shape))).expand(layout.split)
@@ -339,17 +341,23 @@ def _expand_mask(found: Recipe, x: Tensor, mask: Tensor) -> Tensor:
     return full.permute(entries(found.plan)).contiguous()
 
 
+def saved(act: str | None, has_residual: bool) -> str:
+    """What backward needs besides x: the sign of the output says all that relu's slope needs."""
+    if not has_residual:
+        return "output" if act in _BY_OUTPUT else "none"
+    return "none" if act is None else "output" if act in BY_SIGN else "residual"
+
+
 class _Normalize(torch.autograd.Function):
     """Autograd's view of the kernels: x, mean and variance are saved, the activation is recomputed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, call: Call, found: Recipe) -> Tensor:
-        y, statistics, flags = _forward(x, weight, bias, residual, call, found)
-        if residual is None:
-            extra = y if found.by_output and call.act in _BY_OUTPUT else None
-        else:
-            # the sign of y says all that relu's slope needs; other slopes need the residual itself
-            extra = y if call.act in BY_SIGN else None if call.act is None else residual
+        y, statistics, flags = forward(x, weight, bias, residual, call, found)
+        need = saved(call.act, residual is not None)
+        extra = residual if need == "residual" else None
+        if need == "output" and (residual is not None or found.by_output):
+            extra = y
         ctx.save_for_backward(x, weight, bias, extra, statistics, flags)
         # not the call itself: it would keep alive what autograd frees
         ctx.rest = (call.spec, call.use_batch_stats, call.eps, call.act, call.mask, call.running_mean, call.running_var)
@@ -363,7 +371,7 @@ class _Normalize(torch.autograd.Function):
             layout = ctx.found.plan.layout
             found = differentiable(ctx.rest, layout, ctx.needs_input_grad, ctx.has_residual, dy, *saved)
         else:
-            found = _backward(ctx.rest, ctx.found, ctx.needs_input_grad, ctx.has_residual, dy, *saved)
+            found = backward(ctx.rest, ctx.found, ctx.needs_input_grad, ctx.has_residual, dy, *saved)
         return (*found, None, None)
 
 
@@ -372,7 +380,7 @@ _apply: Any = super(torch.autograd.Function, _Normalize).apply  # type: ignore[m
 _BY_OUTPUT = ("sigmoid", "tanh")
 
 
-def _backward(
+def backward(
     rest: tuple, found: Recipe, need: tuple[bool, ...], has_residual: bool, dy: Tensor, x: Tensor,
     weight: Tensor | None, bias: Tensor | None, extra: Tensor | None, statistics: Tensor, flags: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip

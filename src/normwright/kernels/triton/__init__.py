@@ -16,13 +16,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...spec import NormSpec
-from .. import native
+from .. import compiled, native
 from ..call import Call, check_sizes
 from ..common import (
     BY_SIGN,
@@ -38,7 +39,23 @@ from ..common import (
 )
 from ..plan import NoPlan, Plan, plan
 
-__all__ = ["CONFIG", "Config", "Cut", "cut", "interpreting", "normalize", "prepare"]
+__all__ = [
+    "CONFIG",
+    "STATISTICS",
+    "Config",
+    "Cut",
+    "backward",
+    "cut",
+    "expand_mask",
+    "forward",
+    "interpreting",
+    "normalize",
+    "prepare",
+    "saved",
+]
+
+STATISTICS = 3  # rows: means, variances and counts
+UNAVAILABLE = None if find_spec("triton") else "triton is not installed; it comes with the CUDA builds of torch"
 
 
 @dataclass(frozen=True)
@@ -86,9 +103,11 @@ class Cut:
     compute: torch.dtype
     running: int
     merged: bool
+    permuted: bool  # kept axes lie in memory in another order than in the pattern
     scattered: bool
 
 
+@torch.compiler.assume_constant_result
 def interpreting() -> bool:
     """Whether Triton interprets its kernels on the CPU (it decides when it is imported)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -109,11 +128,6 @@ def _kernels() -> Any:
     from . import kernels
 
     return kernels
-
-
-@cache
-def _missing() -> str | None:
-    return None if find_spec("triton") else "triton is not installed; it comes with the CUDA builds of torch"
 
 
 def _parts(n: int, size: int) -> int:
@@ -189,15 +203,19 @@ def cut(
         compute=torch.float64 if dtype == torch.float64 else torch.float32,
         running=math.prod(layout.running_shape),
         merged=merged,
+        permuted=kept != sorted(kept),
         scattered=kept != sorted(kept) or (p.O > 1 and not merged),
     )
 
 
-def prepare(call: Call, demanded: bool) -> Cut | str:
-    """The cut for this call, or a sentence that says why these kernels do not run it."""
+def prepare(call: Call, demanded: bool) -> Cut | ModuleType | str:
+    """The cut for this call, or a sentence that says why these kernels do not run it.
+
+    While torch.compile traces, shapes may be symbols: the cut is then left to the operator of `compiled`.
+    """
     x = call.x
-    if (missing := _missing()) is not None:
-        return missing
+    if UNAVAILABLE is not None:
+        return UNAVAILABLE
     if not x.is_cuda and not (x.is_cpu and interpreting()):
         return f"the input is on {x.device}, and only TRITON_INTERPRET=1 runs these kernels without a GPU"
     if not demanded:
@@ -205,7 +223,9 @@ def prepare(call: Call, demanded: bool) -> Cut | str:
     if x.dtype not in _TYPES:
         return f"there is no kernel for {x.dtype}"
     if torch.compiler.is_compiling():
-        return "torch.compile makes kernels of its own from torch's operators"
+        if torch.compiler.is_exporting():
+            return "an exported program is kept to torch's own operators"
+        return compiled
     if (reason := not_plain(call)) is not None:
         return reason
     found = cut(call.spec, call.use_batch_stats, x.shape, x.stride(), x.dtype, _processors(x.device), CONFIG)
@@ -228,8 +248,10 @@ def _compute_type(found: Cut) -> Any:
     return tl.float64 if found.compute == torch.float64 else tl.float32
 
 
-def normalize(call: Call, found: Cut) -> Tensor:
+def normalize(call: Call, found: Cut | ModuleType) -> Tensor:
     """`act(norm(x) · weight + bias + residual)` by Triton kernels; arguments as in `functional.normalize`."""
+    if not isinstance(found, Cut):
+        return compiled.normalize(call, "triton")
     x, residual = call.x, call.residual
     check_sizes(call, found.plan.parameters, found.running)
     if found.plan.copy:
@@ -239,17 +261,18 @@ def normalize(call: Call, found: Cut) -> Tensor:
         residual = laid_out(residual, x)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
         return _Normalize.apply(x, weight, bias, residual, call, found)  # type: ignore[return-value]
-    return _forward(x, weight, bias, residual, call, found, False)[0]
+    return forward(x, weight, bias, residual, call, found, False)[0]
 
 
-def _kept(act: str | None, residual: bool) -> str:
+def saved(act: str | None, has_residual: bool) -> str:
     """What backward needs besides x: with a residual its slope is said by the sign of the output, or by itself."""
-    return "none" if act is None or not residual else "bits" if act in BY_SIGN else "residual"
+    return "none" if act is None or not has_residual else "bits" if act in BY_SIGN else "residual"
 
 
-def _forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call, found: Cut, keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call, found: Cut,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Output; means, biased variances and counts; the mask, a byte an element in the order of memory; and the signs.
 
     Of the signs there is a bit an element, eight values of a statistic in a byte; only if there is reason to keep them.
@@ -257,9 +280,9 @@ def _forward(
     kernels = _kernels()
     spec, p = call.spec, found.plan
     y, bits = torch.empty_like(x), None
-    if keep and _kept(call.act, residual is not None) == "bits":
+    if keep and saved(call.act, residual is not None) == "bits":
         bits = x.new_empty(found.Q * _parts(found.R, 8), dtype=torch.uint8)
-    flags = None if call.mask is None else _flags(found, call.mask)
+    flags = None if call.mask is None else expand_mask(found, call.mask)
     moves = call.use_batch_stats and call.running_var is not None and not found.merged
     mean, var = (computed(t, found.compute) if moves else None for t in (call.running_mean, call.running_var))
     if call.use_batch_stats:
@@ -320,7 +343,7 @@ def _signs(found: Cut, bits: Tensor) -> Tensor:
     return nest.reshape([p.layout.split[i] for i in order]).permute(places).reshape(p.layout.shape)
 
 
-def _flags(found: Cut, mask: Tensor) -> Tensor:
+def expand_mask(found: Cut, mask: Tensor) -> Tensor:
     layout = found.plan.layout
     full = mask.reshape(layout.mask_view(tuple(mask.shape))).expand(layout.split)
     return full.permute(entries(found.plan)).contiguous().view(torch.uint8)
@@ -331,8 +354,8 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, call: Call, found: Cut) -> Tensor:
-        y, statistics, flags, bits = _forward(x, weight, bias, residual, call, found, True)
-        extra = residual if _kept(call.act, residual is not None) == "residual" else bits
+        y, statistics, flags, bits = forward(x, weight, bias, residual, call, found)
+        extra = residual if saved(call.act, residual is not None) == "residual" else bits
         ctx.save_for_backward(x, weight, bias, extra, statistics, flags)
         # not the call itself: it would keep alive what autograd frees
         ctx.rest = (call.spec, call.use_batch_stats, call.eps, call.act, call.mask, call.running_mean, call.running_var)
@@ -343,17 +366,17 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
         if torch.is_grad_enabled():
             layout, (x, weight, bias, extra, *_) = ctx.found.plan.layout, ctx.saved_tensors
-            if _kept(ctx.rest[3], ctx.has_residual) == "bits":
+            if saved(ctx.rest[3], ctx.has_residual) == "bits":
                 extra = _signs(ctx.found, extra)
             found = differentiable(
                 ctx.rest, layout, ctx.needs_input_grad, ctx.has_residual, dy, x, weight, bias, extra
             )  # fmt: skip
         else:
-            found = _backward(ctx.rest, ctx.found, ctx.needs_input_grad, ctx.has_residual, dy, *ctx.saved_tensors)
+            found = backward(ctx.rest, ctx.found, ctx.needs_input_grad, ctx.has_residual, dy, *ctx.saved_tensors)
         return (*found, None, None)
 
 
-def _backward(
+def backward(
     rest: tuple, found: Cut, need: tuple[bool, ...], has_residual: bool, dy: Tensor, x: Tensor,
     weight: Tensor | None, bias: Tensor | None, extra: Tensor | None, statistics: Tensor, flags: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
@@ -365,7 +388,7 @@ def _backward(
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if extra is not None else None
     common: dict[str, Any] = {
-        "W": weight is not None, "BIAS": bias is not None, "EXTRA": _kept(act, has_residual),
+        "W": weight is not None, "BIAS": bias is not None, "EXTRA": saved(act, has_residual),
         "ACROSS": found.across, "ACT": act or "none", "MASKED": flags is not None, "COMPUTE": _compute_type(found),
     }  # fmt: skip
     tensors = (x, flags, dy, extra, weight, bias, statistics)

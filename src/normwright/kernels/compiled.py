@@ -1,20 +1,27 @@
-"""The CPU kernels as registered operators, for torch.compile: opaque, functional, with fakes and a backward.
+"""The backends' kernels as registered operators, for torch.compile: opaque, functional, with fakes and a backward.
 
 The running statistics are not moved inside the operator, which would make it a mutation, but by traced torch operators
 from the statistics that it returns.
+
+A backend that is captured so has, besides what `dispatch` asks of it, `forward` and `backward`, whose arguments are
+tensors, call and recipe; `expand_mask(recipe, mask)`; `saved(act, has_residual)`, which says what backward needs
+besides x ("none", "residual", "output", or "bits", forward's fourth result); and STATISTICS, the rows of numbers that
+forward leaves of the batch: means, variances, and maybe more.
 """
 
 from __future__ import annotations
 
+import math
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...spec import NormSpec
-from .. import native
-from ..call import Call
-from ..common import BY_SIGN, laid_out
+from ..spec import NormSpec
+from . import native
+from .call import Call
+from .common import laid_out
 
 __all__ = ["normalize"]
 
@@ -28,26 +35,45 @@ def _spec(pattern: str, affine: str, center: bool, running: str, names: list[str
     return _SPECS[key]
 
 
-def _found(call: Call):
+def _backend(name: str) -> ModuleType:
+    from .dispatch import BACKENDS  # which imports the backends, and they this module
+
+    return BACKENDS[name]
+
+
+def _found(backend: ModuleType, call: Call) -> Any:
     """The recipe of a call inside a compiled graph; None where only the formula runs it.
 
     Statistics leave the operator in the pattern's order, to move the running ones: they must be computed in it.
     """
-    from . import Recipe, prepare
+    found = backend.prepare(call, demanded=True)
+    return None if isinstance(found, str) or found.plan.copy or found.permuted else found
 
-    found = prepare(call, demanded=True)
-    return found if isinstance(found, Recipe) and not (found.plan.copy or found.permuted) else None
+
+def _sizes(backend: ModuleType, call: Call) -> tuple[int, int]:
+    """Numbers of statistics, and bytes of bits, that the operator returns; sizes may be symbols."""
+    layout = call.spec.layout_uncached(call.x.shape)
+    shape, count, values = layout.stat_shape, 1, layout.count
+    if not call.use_batch_stats:
+        shape = layout.running_shape
+        for i in layout.merged:
+            values = values * layout.split[i]
+    for size in shape:
+        count = count * size
+    rows = backend.STATISTICS if call.use_batch_stats else 2
+    bits = count * ((values + 7) // 8) if backend.saved(call.act, call.residual is not None) == "bits" else 0
+    return rows * count, bits
 
 
 _SCHEMA = (
     "Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, Tensor? residual, "
     "Tensor? mask, str pattern, str affine, bool center, str running, str[] names, int[] sizes, "
-    "bool use_batch_stats, float eps, str? act"
+    "bool use_batch_stats, float eps, str? act, str backend"
 )
 
 
 def _call(x, weight, bias, running_mean, running_var, residual, mask, *rest) -> Call:
-    *spec, use_batch, eps, act = rest
+    *spec, use_batch, eps, act, _ = rest
     return Call(x, _spec(*spec), weight, bias, running_mean, running_var, use_batch, 0.0, eps, act, residual, mask)
 
 
@@ -55,46 +81,44 @@ def _contiguous(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else t.detach().to(dtype).contiguous()
 
 
-@torch.library.custom_op("normwright::forward", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
+@torch.library.custom_op("normwright::forward", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor)")
 def _forward_op(*arguments):
-    """Output, and the statistics in double: means, then variances; empty where the formula ran."""
-    from . import _forward
-
-    call = _call(*arguments)
-    found = _found(call)
+    """Output; the statistics in double: means, then variances; and bits for backward, if it is these that it needs."""
+    call, backend = _call(*arguments), _backend(arguments[-1])
+    found = _found(backend, call)
     if found is None:
         with torch.no_grad():
             layout = call.spec.layout(call.x.shape)
             y = native.formula(call, layout)
-            statistics = native.batch_statistics(call, layout)
-        return torch.empty_like(call.x).copy_(y), statistics
+            count, size = _sizes(backend, call)
+            statistics = call.x.new_zeros(count, dtype=torch.float64)
+            given = native.batch_statistics(call, layout)
+            statistics[: given.numel()] = given
+        return torch.empty_like(call.x).copy_(y), statistics, call.x.new_zeros(size, dtype=torch.uint8)
     weight, bias = (_contiguous(t, found.compute) for t in (call.weight, call.bias))
     residual = None if call.residual is None else laid_out(call.residual, call.x)
-    y, statistics, _ = _forward(call.x, weight, bias, residual, call, found)
-    return y, statistics
+    y, statistics, _, *bits = backend.forward(call.x, weight, bias, residual, call, found)
+    empty = call.x.new_empty(0, dtype=torch.uint8)
+    return y, statistics.view(-1), next((t for t in bits if t is not None), empty)
 
 
 @_forward_op.register_fake
-def _(x, *rest):
-    *_, pattern, affine, center, running, names, sizes, use_batch, _, _ = rest
-    layout = _spec(pattern, affine, center, running, names, sizes).layout_uncached(x.shape)
-    count = 1
-    for size in layout.stat_shape if use_batch else layout.running_shape:
-        count = count * size
-    return torch.empty_like(x), x.new_empty(2 * count, dtype=torch.float64)
+def _(*arguments):
+    call = _call(*arguments)
+    count, size = _sizes(_backend(arguments[-1]), call)
+    x = call.x
+    return torch.empty_like(x), x.new_empty(count, dtype=torch.float64), x.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.custom_op(
     "normwright::backward",
     mutates_args=(),
-    schema=f"(Tensor dy, Tensor? y, Tensor statistics, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor dy, Tensor? extra, Tensor statistics, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _backward_op(dy, y, statistics, *arguments):
-    """Gradients of x, weight, bias and residual; those of absent tensors are empty."""
-    from . import _BY_OUTPUT, _backward, _expand_mask
-
-    call = _call(*arguments)
-    found = _found(call)
+def _backward_op(dy, extra, statistics, *arguments):
+    """Gradients of x, weight, bias and residual; those of absent tensors are empty. `extra`: the output, or bits."""
+    call, backend = _call(*arguments), _backend(arguments[-1])
+    found = _found(backend, call)
     x, weight, bias, residual = call.x, call.weight, call.bias, call.residual
     if found is None:
         with torch.enable_grad():
@@ -107,13 +131,11 @@ def _backward_op(dy, y, statistics, *arguments):
             given = iter(torch.autograd.grad(again, wanted, dy, allow_unused=True))
         gradients = [None if t is None else next(given) for t in leaves]
     else:
-        if residual is None:
-            extra = y if call.act in _BY_OUTPUT else None
-        else:
-            extra = y if call.act in BY_SIGN else None if call.act is None else laid_out(residual, x)
-        flags = None if call.mask is None else _expand_mask(found, x, call.mask)
+        if residual is not None and backend.saved(call.act, True) == "residual":
+            extra = laid_out(residual, x)
+        flags = None if call.mask is None else backend.expand_mask(found, call.mask)
         rest = (call.spec, call.use_batch_stats, call.eps, call.act, call.mask, None, None)
-        gradients = _backward(
+        gradients = backend.backward(
             rest, found, (True,) * 4, residual is not None, dy, x, _contiguous(weight, found.compute),
             _contiguous(bias, found.compute), extra, statistics, flags,
         )  # fmt: skip
@@ -125,20 +147,20 @@ def _backward_op(dy, y, statistics, *arguments):
 
 
 @_backward_op.register_fake
-def _(dy, y, statistics, x, weight, bias, running_mean, running_var, residual, *rest):
+def _(dy, extra, statistics, x, weight, bias, running_mean, running_var, residual, *rest):
     return tuple(x.new_empty(0) if t is None else torch.empty_like(t) for t in (x, weight, bias, residual))
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    y, statistics = output
+    y, statistics, bits = output
     ctx.rest = inputs[7:]
-    kept = inputs[-1] in (("sigmoid", "tanh") if inputs[5] is None else ("relu", "leaky_relu"))
-    ctx.save_for_backward(*inputs[:7], y if kept else None, statistics)
+    kept = _backend(inputs[-1]).saved(inputs[-2], inputs[5] is not None)
+    ctx.save_for_backward(*inputs[:7], {"output": y, "bits": bits}.get(kept), statistics)
 
 
-def _gradient(ctx: Any, dy: Tensor, _: Tensor) -> tuple:
-    *tensors, y, statistics = ctx.saved_tensors
-    gradients = torch.ops.normwright.backward(dy, y, statistics, *tensors, *ctx.rest)
+def _gradient(ctx: Any, dy: Tensor, *_: Tensor) -> tuple:
+    *tensors, extra, statistics = ctx.saved_tensors
+    gradients = torch.ops.normwright.backward(dy, extra, statistics, *tensors, *ctx.rest)
     dx, dweight, dbias, dresidual = (
         g if t is not None else None
         for g, t in zip(gradients, (tensors[0], tensors[1], tensors[2], tensors[5]), strict=True)
@@ -149,19 +171,19 @@ def _gradient(ctx: Any, dy: Tensor, _: Tensor) -> tuple:
 _forward_op.register_autograd(_gradient, setup_context=_setup)
 
 
-def normalize(call: Call) -> Tensor:
-    """`act(norm(x) · weight + bias + residual)` as an operator that torch.compile keeps whole."""
+def normalize(call: Call, backend: str) -> Tensor:
+    """`act(norm(x) · weight + bias + residual)` as an operator of this backend, which torch.compile keeps whole."""
     spec = call.spec
     # they move after the operator, which must not have saved them
     running_mean, running_var = (None, None) if call.use_batch_stats else (call.running_mean, call.running_var)
-    y, statistics = torch.ops.normwright.forward(
+    y, statistics, _ = torch.ops.normwright.forward(
         call.x, call.weight, call.bias, running_mean, running_var, call.residual, call.mask,
         spec.pattern, spec.affine, spec.center, spec.running, [n for n, _ in spec.sizes], [s for _, s in spec.sizes],
-        call.use_batch_stats, call.eps, call.act,
+        call.use_batch_stats, call.eps, call.act, backend,
     )  # fmt: skip
     if call.use_batch_stats and call.running_var is not None:
         layout = spec.layout_uncached(call.x.shape)
-        mean, var = statistics.detach().view(2, *layout.stat_shape).unbind()
+        mean, var = statistics.detach()[: 2 * math.prod(layout.stat_shape)].view(2, *layout.stat_shape).unbind()
         count = layout.count
         if call.mask is not None:
             valid = call.mask.reshape(layout.mask_view(call.mask.shape)).expand(layout.split)
