@@ -42,8 +42,8 @@ def network(norm: bool) -> nn.Sequential:
 
 def by_hand(model, optimizer, loss_function, x, y, order, batch_size):
     model.train()
-    total = torch.zeros(())
-    correct = torch.zeros((), dtype=torch.int64)
+    total = torch.zeros((), device=x.device)
+    correct = torch.zeros((), dtype=torch.int64, device=x.device)
     for chosen in order.split(batch_size):
         images, labels = x[chosen], y[chosen]
         optimizer.zero_grad()
