@@ -590,6 +590,41 @@ def test_what_is_observed_is_the_network_itself():
         assert ("start_norm" in own[0].metrics, "start_norm" in own[1].metrics) == (True, False), run
 
 
+class PutsAnother(nn.Module):
+    """A batch norm by hand that puts new tensors in its buffers' places."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+
+    def forward(self, x):
+        if self.training:
+            var, mean = torch.var_mean(x, 0)
+            self.running_mean = 0.9 * self.running_mean + 0.1 * mean.detach()
+            self.running_var = 0.9 * self.running_var + 0.1 * var.detach()
+        else:
+            mean, var = self.running_mean, self.running_var
+        return self.weight * (x - mean) / (var + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize("replays", [False, True])
+def test_buffers_that_a_layer_replaces_train_alike_in_both_engines(graphs, monkeypatch, replays):
+    def build(settings, shape, classes):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), PutsAnother(6), nn.Tanh(), nn.Linear(6, classes))
+        return model.double()
+
+    if not replays:
+        monkeypatch.setattr(graph, "captures", lambda device: False)
+    job = work(torch.float64, study=replace(STUDY, build=build))
+    ours, theirs = (train_engine(engine_, job, runs(job, "none"))[0] for engine_ in (packed, engine.sequential))
+    assert (Recorder.replays > 0) == replays
+    for run in ours:
+        assert "test_acc_batch" in ours[run][-1].metrics
+        close(ours[run], theirs[run], 1e-9)
+
+
 def test_runs_of_unequal_length_are_refused():
     job = work()
     starts = runs(job)

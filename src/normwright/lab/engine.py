@@ -14,6 +14,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -36,6 +37,7 @@ __all__ = [
     "Parts",
     "Start",
     "batches",
+    "by_batch",
     "diverged",
     "evaluate",
     "initial",
@@ -44,6 +46,7 @@ __all__ = [
     "observations",
     "order_generator",
     "parts",
+    "running",
     "sequential",
     "three_ways",
     "train_epoch",
@@ -244,7 +247,18 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = EVALUATIO
     return float(loss_sum) / len(x), int(correct) / len(x)
 
 
-def _running(model: nn.Module) -> list[nn.Module]:
+@contextmanager
+def by_batch(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let these modules normalize by the batch's statistics; their buffers come back, also where a layer put others."""
+    kept = [(module, name, b, b.clone()) for module in modules for name, b in module._buffers.items() if b is not None]
+    for module in modules:
+        module.train()
+    yield
+    for module, name, buffer, value in kept:
+        module._buffers[name] = buffer.copy_(value)
+
+
+def running(model: nn.Module) -> list[nn.Module]:
     """The modules that keep running statistics."""
     return [
         module
@@ -262,7 +276,7 @@ def three_ways(model: nn.Module, part: Parts, settings: Mapping[str, Any], last:
     model.eval()
     loss, accuracy = evaluate(model, part.x_test, part.y_test)
     metrics = {"test_loss": loss, "test_acc": accuracy}
-    modules = _running(model)
+    modules = running(model)
     if not math.isfinite(loss):
         return metrics  # it has diverged: there is nothing to recalibrate
     if not modules:
@@ -276,13 +290,8 @@ def three_ways(model: nn.Module, part: Parts, settings: Mapping[str, Any], last:
     metrics |= _validated(model, part)
     if receipt.edits:
         receipt.undo()
-    kept = {id(buffer): buffer.clone() for module in modules for buffer in module.buffers(recurse=False)}
-    for module in modules:
-        module.train()
-    metrics["test_acc_batch"] = evaluate(model, part.x_test, part.y_test, settings["batch_size"])[1]
-    for module in modules:
-        for buffer in module.buffers(recurse=False):
-            buffer.copy_(kept[id(buffer)])
+    with by_batch(modules):
+        metrics["test_acc_batch"] = evaluate(model, part.x_test, part.y_test, settings["batch_size"])[1]
     return metrics
 
 

@@ -149,7 +149,7 @@ class Replayed:
 
     def _before(self, stream: torch.cuda.Stream) -> None:
         """The first call, and the two that are watched."""
-        here = torch.cuda.current_stream()
+        here = torch.cuda.current_stream(self.device)
         stream.wait_stream(here)
         with torch.cuda.stream(stream):
             if self.warm:

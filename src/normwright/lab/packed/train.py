@@ -25,12 +25,14 @@ from ..engine import (
     Parts,
     Start,
     batches,
+    by_batch,
     diverged,
     initial,
     make_optimizer,
     observations,
     order_generator,
     parts,
+    running,
 )
 from .fastest import fastest
 from .graph import Replayed
@@ -167,11 +169,7 @@ def _three_ways(
             for found, right in zip(metrics, evaluate(pack, x, y, batch_size)[1], strict=True):
                 found[key] = right
 
-    modules = [
-        module
-        for module in pack.modules()
-        if any(key.startswith("running_") and value is not None for key, value in module._buffers.items())
-    ]
+    modules = running(pack)
     if not modules:
         add("val_acc", part.x_validation, part.y_validation)
         return metrics
@@ -184,18 +182,8 @@ def _three_ways(
     add("val_acc", part.x_validation, part.y_validation)
     if receipt.edits:
         receipt.undo()
-    kept = [
-        (module, name, buffer, buffer.clone())
-        for module in modules
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    for module in modules:
-        module.train()
-    add("test_acc_batch", part.x_test, part.y_test, settings["batch_size"])
-    for module, name, buffer, value in kept:
-        buffer.copy_(value)
-        module._buffers[name] = buffer  # a layer of an unknown kind may have put another in its place
+    with by_batch(modules):
+        add("test_acc_batch", part.x_test, part.y_test, settings["batch_size"])
     return metrics
 
 
