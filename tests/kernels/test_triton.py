@@ -10,12 +10,14 @@ import itertools
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_cpu import BN, LAYERS, LN, PLACES, buffers_of, compare_compiled, lay, maskable, statistic_of
+from test_cpu import BN, LAYERS, LN, PLACES, Place, buffers_of, compare_compiled, lay, maskable, statistic_of
 from test_functional import Problem
 from tolerances import assert_close
 
@@ -334,6 +336,101 @@ def test_operators_keep_torchs_rules(row, extra):
     assert statistics.numel() == 3 * (3 if row == "BatchNorm" else 6)
     assert bits.numel() == (3 if row == "BatchNorm" else 0)
     torch.library.opcheck(torch.ops.normwright.backward.default, (p.dy, bits, statistics, *detached))
+
+
+# -------------------------------------------------------------------------------- CUDA graphs, streams, several devices
+
+
+class EveryTensorOn(torch.overrides.TorchFunctionMode):
+    """Whatever torch's functions return lies on this device."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else [result]:
+            assert not isinstance(t, torch.Tensor) or t.device == self.device, function
+        return result
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Kernels that only note their names and where they ran, on a device that has no values to read or to copy."""
+    names, entered = [], []
+
+    @contextmanager
+    def on(x):
+        entered.append(x.device)
+        yield
+        entered.pop()
+
+    class Launch:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **_):
+                assert all(type(size) is int for size in grid)
+                assert entered == [torch.device("meta")]
+                assert {t.device.type for t in arguments if isinstance(t, torch.Tensor)} == {"meta"}
+                names.append(self.name)
+
+            return launch
+
+    triton._kernels()
+    from normwright.kernels.triton import kernels
+
+    recorders = SimpleNamespace(**{name: Launch(name) for name in kernels.__all__})
+    monkeypatch.setattr(triton, "_kernels", lambda: recorders)
+    monkeypatch.setattr(triton, "_runs_on", lambda device: device.type == "meta")
+    monkeypatch.setattr(triton, "_on", on)
+    return names
+
+
+@pytest.mark.parametrize("extra", [{}, {"residual": True, "act": "relu"}, {"residual": True, "act": "gelu"}], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_nothing_waits_for_the_device_or_leaves_it(extra, masked, dtype, launches, config):
+    """On the meta device a number read by the host, or a copy to it, raises: so may no step of a captured graph."""
+    for place in [*QUICK, Place("rows", "LayerNorm", (3, 70))]:
+        if not maskable(place, masked):
+            continue
+        p = problem_at(place, dtype, mask=9 if masked else 0, **extra)
+        buffers = buffers_of(p, place.spec.center) if place.spec.running and not (masked and p.layout.merged) else {}
+        for name in ("x", "weight", "bias", "residual", "mask", "dy"):
+            t = getattr(p, name)
+            setattr(p, name, None if t is None else t.to("meta"))
+        buffers = {name: t.to("meta") for name, t in buffers.items()}
+        with nw.use("triton"), EveryTensorOn(torch.device("meta")):
+            for evaluate in [False, True] if buffers and isinstance(cut(place, p.x, True), triton.Cut) else [False]:
+                leaves = p.leaves()
+                y = p.run(leaves, use_batch_stats=not evaluate, **buffers)
+                given = list(leaves.values())
+                grads = torch.autograd.grad(y, given, p.dy, retain_graph=True)
+                assert all(g.shape == t.shape and g.dtype == t.dtype for g, t in zip(grads, given, strict=True))
+                first = torch.autograd.grad(y, leaves["dx"], p.dy, create_graph=True)[0]
+                torch.autograd.grad(first.sum(), leaves["dweight"], allow_unused=True)
+    assert {"forward", "backward_partials", "backward_apply", "backward_rows"} <= set(launches)
+    assert config is not SMALL or {"partials", "apply", "backward_row_sums"} <= set(launches)
+
+
+def test_a_layer_waits_for_nothing_either(launches):
+    x = torch.empty(4, 6, 5, 5, device="meta", requires_grad=True)
+    layers = [nw.BatchNorm2d(6, act="relu"), nw.GroupNorm(2, 6), nw.InstanceNorm2d(6, track_running_stats=True)]
+    with nw.use("triton"), EveryTensorOn(torch.device("meta")):
+        for layer in layers:
+            for mode in (True, False):
+                layer.to("meta").train(mode)(x, residual=x).sum().backward()
+    assert (launches.count("forward"), launches.count("apply")) == (4, 2)  # two of them have running statistics
+    assert x.grad is not None
+
+
+def test_tensors_on_two_devices_are_refused():
+    x, elsewhere = torch.randn(5, 8, device=DEVICE), torch.ones(8, device="meta")
+    with nw.use("triton"), pytest.raises(RuntimeError, match=f"weight is on meta and the input on {x.device}"):
+        nw.normalize(x, LN, elsewhere, None)
 
 
 def test_offsets_beyond_two_to_the_31(config):

@@ -6,6 +6,11 @@ exact enough to test every one of them without a GPU.
 
 No GPU has timed these kernels yet. Until one has, they run where they are demanded, by `nw.use("triton")`; otherwise
 CUDA tensors take torch's own operators, and `explain` says so.
+
+Nothing here waits for the device or copies from it, every tensor is made where x is, and kernels are launched on x's
+device and its current stream. So CUDA graphs can capture forward and backward, after one call of each with the same
+shapes and types: it compiles and loads the kernels, which a capture may not. A graph repeats the `eps` and `new_weight`
+that it was captured with; so `momentum=None`, whose weight is a count read by the host, has no place in one.
 """
 
 from __future__ import annotations
@@ -208,6 +213,10 @@ def cut(
     )
 
 
+def _runs_on(device: torch.device) -> bool:
+    return device.type == "cuda" or (device.type == "cpu" and interpreting())
+
+
 def prepare(call: Call, demanded: bool) -> Cut | ModuleType | str:
     """The cut for this call, or a sentence that says why these kernels do not run it.
 
@@ -216,12 +225,15 @@ def prepare(call: Call, demanded: bool) -> Cut | ModuleType | str:
     x = call.x
     if UNAVAILABLE is not None:
         return UNAVAILABLE
-    if not x.is_cuda and not (x.is_cpu and interpreting()):
+    if not _runs_on(x.device):
         return f"the input is on {x.device}, and only TRITON_INTERPRET=1 runs these kernels without a GPU"
     if not demanded:
         return "no GPU has timed these kernels against torch's yet; nw.use('triton') demands them"
     if x.dtype not in _TYPES:
         return f"there is no kernel for {x.dtype}"
+    for name, tensor in zip(call._fields, call, strict=True):
+        if isinstance(tensor, Tensor) and tensor.device != x.device:
+            return f"{name} is on {tensor.device} and the input on {x.device}"
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting():
             return "an exported program is kept to torch's own operators"
