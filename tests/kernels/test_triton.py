@@ -427,10 +427,20 @@ def test_a_layer_waits_for_nothing_either(launches):
     assert x.grad is not None
 
 
-def test_tensors_on_two_devices_are_refused():
-    x, elsewhere = torch.randn(5, 8, device=DEVICE), torch.ones(8, device="meta")
-    with nw.use("triton"), pytest.raises(RuntimeError, match=f"weight is on meta and the input on {x.device}"):
-        nw.normalize(x, LN, elsewhere, None)
+@pytest.mark.parametrize("kernel", ["cpu", "triton"] if DEVICE == "cpu" else ["triton"])
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var", "residual", "mask"])
+def test_tensors_on_two_devices_are_refused(kernel, name):
+    x = torch.randn(5, 8, device=DEVICE)
+    given = {
+        "weight": torch.ones(8),
+        "bias": torch.ones(8),
+        "running_mean": torch.ones(8),
+        "running_var": torch.ones(8),
+    }
+    given |= {"residual": torch.ones(5, 8), "mask": torch.ones(5, dtype=torch.bool)}
+    given = {key: t.to("meta" if key == name else x.device) for key, t in given.items()}
+    with nw.use(kernel), pytest.raises(RuntimeError, match=f"on {x.device}, and another of its tensors on meta"):
+        nw.normalize(x, BN, **given)
 
 
 def test_offsets_beyond_two_to_the_31(config):

@@ -64,6 +64,9 @@ def not_plain(call: Call) -> str | None:
         return "torch.jit.trace records torch's own operators"
     if torch._C._len_torch_dispatch_stack():
         return "a dispatch mode is active"
+    for t in (call.weight, call.bias, call.running_mean, call.running_var, call.residual, call.mask):
+        if t is not None and t.device != x.device:  # kernels would take its address for one of x's device
+            return f"the input is on {x.device}, and another of its tensors on {t.device}"
     if call.residual is not None and call.residual.dtype != x.dtype:
         return f"the residual is {call.residual.dtype} and the input {x.dtype}"
     return None if x.numel() else "the input is empty"
