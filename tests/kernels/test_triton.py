@@ -462,6 +462,22 @@ def test_offsets_beyond_two_to_the_31(config):
     assert int(out) == 2 * 4 * 2**16 * 2**14 - 1
 
 
+def test_counts_beyond_what_the_kernels_count_are_refused():
+    def refusal(spec, shape):
+        strides = torch.empty(shape, device="meta").stride()
+        found = triton.cut(spec, True, shape, strides, F32, 2, triton.CONFIG)
+        return found if isinstance(found, str) else None
+
+    half = 2**31 - 8
+    assert refusal(BN, (4, 2, half // 4)) is None
+    assert "2 statistics of 2147483648 values" in refusal(BN, (4, 2, 2**29))
+    assert refusal(LN, (half, 8)) is None
+    assert "2147483648 statistics of 8 values" in refusal(LN, (2**31, 8))
+    group = nw.CATALOG["GroupNorm"].make
+    assert refusal(group(g=2**16 - 1), (2, 2**17 - 2)) is None
+    assert "65536 groups" in refusal(group(g=2**16), (2, 2**17))
+
+
 @pytest.mark.skipif(
     not (Path(compiler.__file__).parent / "backends/nvidia/bin/ptxas").exists(),
     reason="Triton came without NVIDIA's assembler",

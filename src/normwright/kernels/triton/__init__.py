@@ -173,6 +173,10 @@ def cut(
     if p.by_a and p.B > 1:
         return "contiguous values per statistic with a parameter for every outer place have no kernel"
     R, Q = p.A * p.B, p.O * p.K
+    if max(R, Q) >= 1 << 31:  # offsets are 64-bit, and what counts these is not
+        return f"{Q} statistics of {R} values: 2³¹ of either have no kernel"
+    if by_r and p.G >= 1 << 16:
+        return f"{p.G} groups with a parameter for every element of a row are more than a launch has places for"
     target = config.waves * processors
 
     def tiles(K: int, B: int, R: int) -> tuple[int, int, int, int, bool]:
