@@ -1,8 +1,8 @@
 """How much faster batch norm could be at all: torch's modules, this package's, and C loops written for the task.
 
-The C loops (AVX-512 or what `-march=native` gives, OpenMP, no autograd, no allocation, no mask, no care for large
-means) do the least that training needs: one reading for the statistics and one for the result forward, two readings of
-x and dy backward. What they cannot do, no kernel of this package can be expected to do. Needs gcc.
+The C loops (AVX-512 or what `-march=native` gives, torch's threads, no autograd, no allocation, no mask, no care for
+large means) do the least that training needs: one reading for the statistics and one for the result forward, two
+readings of x and dy backward. What they cannot do, no kernel of this package can be expected to do. Needs gcc.
 
     python benchmarks/limit.py [--rounds 15] [--threads 2]
 """
@@ -22,140 +22,169 @@ import torch
 import typer
 
 import normwright as nw
+from normwright.kernels.cpu import build
 
 SOURCE = r"""
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
-#include <omp.h>
 
-/* NCHW: A samples, K channels, B places */
-void forward_first(const float *x, float *y, float *mean, float *rstd, long A, long K, long B) {
-  #pragma omp parallel for schedule(static)
-  for (long k = 0; k < K; k++) {
-    float s = 0, q = 0;
-    for (long a = 0; a < A; a++) {
-      const float *p = x + (a * K + k) * B;
-      for (long i = 0; i < B; i++) { s += p[i]; q += p[i] * p[i]; }
+typedef struct { const float *x, *dy; float *y, *dx, *mean, *rstd, *c2, *c3, *sums; long A, K, B, T; } Job;
+
+/* NCHW: A samples, K channels, B places; a task is a channel */
+void forward_first(long first, long last, const Job *j) {
+  for (long k = first; k < last; k++) {
+    float s = 0, q = 0, n = j->A * j->B;
+    for (long a = 0; a < j->A; a++) {
+      const float *p = j->x + (a * j->K + k) * j->B;
+      for (long i = 0; i < j->B; i++) { s += p[i]; q += p[i] * p[i]; }
     }
-    float m = s / (A * B), r = 1 / sqrtf(q / (A * B) - m * m + 1e-5f);
-    mean[k] = m; rstd[k] = r;
-    for (long a = 0; a < A; a++) {
-      const float *p = x + (a * K + k) * B; float *o = y + (a * K + k) * B;
-      for (long i = 0; i < B; i++) o[i] = p[i] * r - m * r;
+    float m = s / n, r = 1 / sqrtf(q / n - m * m + 1e-5f);
+    j->mean[k] = m; j->rstd[k] = r;
+    for (long a = 0; a < j->A; a++) {
+      const float *p = j->x + (a * j->K + k) * j->B; float *o = j->y + (a * j->K + k) * j->B;
+      for (long i = 0; i < j->B; i++) o[i] = p[i] * r - m * r;
     }
   }
 }
 
-void backward_first(const float *x, const float *dy, float *dx, const float *mean, const float *rstd,
-                    long A, long K, long B) {
-  #pragma omp parallel for schedule(static)
-  for (long k = 0; k < K; k++) {
-    float s = 0, q = 0, m = mean[k], r = rstd[k];
-    for (long a = 0; a < A; a++) {
-      const float *p = x + (a * K + k) * B, *g = dy + (a * K + k) * B;
-      for (long i = 0; i < B; i++) { s += g[i]; q += g[i] * (p[i] - m); }
+void backward_first(long first, long last, const Job *j) {
+  for (long k = first; k < last; k++) {
+    float s = 0, q = 0, m = j->mean[k], r = j->rstd[k], n = j->A * j->B;
+    for (long a = 0; a < j->A; a++) {
+      const float *p = j->x + (a * j->K + k) * j->B, *g = j->dy + (a * j->K + k) * j->B;
+      for (long i = 0; i < j->B; i++) { s += g[i]; q += g[i] * (p[i] - m); }
     }
-    float c2 = -r * r * r * q / (A * B), c3 = -r * s / (A * B);
-    for (long a = 0; a < A; a++) {
-      const float *p = x + (a * K + k) * B, *g = dy + (a * K + k) * B; float *o = dx + (a * K + k) * B;
-      for (long i = 0; i < B; i++) o[i] = g[i] * r + ((p[i] - m) * c2 + c3);
+    float c2 = -r * r * r * q / n, c3 = -r * s / n;
+    for (long a = 0; a < j->A; a++) {
+      const float *p = j->x + (a * j->K + k) * j->B, *g = j->dy + (a * j->K + k) * j->B;
+      float *o = j->dx + (a * j->K + k) * j->B;
+      for (long i = 0; i < j->B; i++) o[i] = g[i] * r + ((p[i] - m) * c2 + c3);
     }
   }
 }
 
-/* NHWC: A·B rows of K channels; each thread sums its own rows */
-static void sums(const float *x, const float *dy, const float *mean, long first, long last, long K,
-                 float *s, float *q) {
-  memset(s, 0, K * 4); memset(q, 0, K * 4);
-  for (long r = first; r + 4 <= last; r += 4) {
-    const float *p0 = x + r * K, *p1 = p0 + K, *p2 = p1 + K, *p3 = p2 + K;
-    if (dy) {
-      const float *g0 = dy + r * K, *g1 = g0 + K, *g2 = g1 + K, *g3 = g2 + K;
+/* NHWC: A·B rows of K channels; a task is a share of the rows, once for its sums and once for its results */
+static long row(const Job *j, long t) { return t == j->T ? j->A * j->B : j->A * j->B * t / j->T / 4 * 4; }
+
+void forward_sums(long first, long last, const Job *j) {
+  long K = j->K;
+  for (long t = first; t < last; t++) {
+    float *s = j->sums + 2 * t * K, *q = s + K;
+    memset(s, 0, 2 * K * 4);
+    for (long r = row(j, t); r < row(j, t + 1); r += 4) {
+      const float *a = j->x + r * K, *b = a + K, *c = b + K, *d = c + K;
       for (long k = 0; k < K; k++) {
-        s[k] += (g0[k] + g1[k]) + (g2[k] + g3[k]);
-        q[k] += (g0[k] * (p0[k] - mean[k]) + g1[k] * (p1[k] - mean[k]))
-              + (g2[k] * (p2[k] - mean[k]) + g3[k] * (p3[k] - mean[k]));
-      }
-    } else {
-      for (long k = 0; k < K; k++) {
-        s[k] += (p0[k] + p1[k]) + (p2[k] + p3[k]);
-        q[k] += (p0[k] * p0[k] + p1[k] * p1[k]) + (p2[k] * p2[k] + p3[k] * p3[k]);
+        s[k] += (a[k] + b[k]) + (c[k] + d[k]);
+        q[k] += (a[k] * a[k] + b[k] * b[k]) + (c[k] * c[k] + d[k] * d[k]);
       }
     }
   }
 }
 
-void forward_last(const float *x, float *y, float *mean, float *rstd, long A, long K, long B) {
-  long rows = A * B; int T = omp_get_max_threads(); float *all = malloc(T * 2 * K * 4);
-  #pragma omp parallel
-  {
-    long t = omp_get_thread_num(), first = rows * t / T / 4 * 4, last = t + 1 == T ? rows : rows * (t + 1) / T / 4 * 4;
-    sums(x, NULL, NULL, first, last, K, all + 2 * t * K, all + (2 * t + 1) * K);
-    #pragma omp barrier
-    #pragma omp single
-    for (long k = 0; k < K; k++) {
-      float s = 0, q = 0;
-      for (int u = 0; u < T; u++) { s += all[2 * u * K + k]; q += all[(2 * u + 1) * K + k]; }
-      float m = s / rows; mean[k] = m; rstd[k] = 1 / sqrtf(q / rows - m * m + 1e-5f);
-    }
-    for (long r = first; r < last; r++) {
-      const float *p = x + r * K; float *o = y + r * K;
-      for (long k = 0; k < K; k++) o[k] = (p[k] - mean[k]) * rstd[k];
-    }
+void forward_merge(const Job *j) {
+  for (long k = 0; k < j->K; k++) {
+    float s = 0, q = 0, n = j->A * j->B;
+    for (long t = 0; t < j->T; t++) { s += j->sums[2 * t * j->K + k]; q += j->sums[(2 * t + 1) * j->K + k]; }
+    j->mean[k] = s / n; j->rstd[k] = 1 / sqrtf(q / n - s / n * (s / n) + 1e-5f);
   }
-  free(all);
 }
 
-void backward_last(const float *x, const float *dy, float *dx, const float *mean, const float *rstd,
-                   long A, long K, long B) {
-  long rows = A * B; int T = omp_get_max_threads(); float *all = malloc((T * 2 + 2) * K * 4);
-  float *c2 = all + 2 * T * K, *c3 = c2 + K;
-  #pragma omp parallel
-  {
-    long t = omp_get_thread_num(), first = rows * t / T / 4 * 4, last = t + 1 == T ? rows : rows * (t + 1) / T / 4 * 4;
-    sums(x, dy, mean, first, last, K, all + 2 * t * K, all + (2 * t + 1) * K);
-    #pragma omp barrier
-    #pragma omp single
-    for (long k = 0; k < K; k++) {
-      float s = 0, q = 0, r = rstd[k];
-      for (int u = 0; u < T; u++) { s += all[2 * u * K + k]; q += all[(2 * u + 1) * K + k]; }
-      c2[k] = -r * r * r * q / rows; c3[k] = -r * s / rows;
-    }
-    for (long r = first; r < last; r++) {
-      const float *p = x + r * K, *g = dy + r * K; float *o = dx + r * K;
-      for (long k = 0; k < K; k++) o[k] = g[k] * rstd[k] + ((p[k] - mean[k]) * c2[k] + c3[k]);
-    }
+void forward_apply(long first, long last, const Job *j) {
+  long K = j->K; const float *mean = j->mean, *rstd = j->rstd;
+  for (long r = row(j, first); r < row(j, last); r++) {
+    const float *p = j->x + r * K; float *o = j->y + r * K;
+    for (long k = 0; k < K; k++) o[k] = (p[k] - mean[k]) * rstd[k];
   }
-  free(all);
 }
 
-void threads(int n) { omp_set_num_threads(n); }
+void backward_sums(long first, long last, const Job *j) {
+  long K = j->K; const float *mean = j->mean;
+  for (long t = first; t < last; t++) {
+    float *s = j->sums + 2 * t * K, *q = s + K;
+    memset(s, 0, 2 * K * 4);
+    for (long r = row(j, t); r < row(j, t + 1); r += 4) {
+      const float *a = j->x + r * K, *b = a + K, *c = b + K, *d = c + K;
+      const float *e = j->dy + r * K, *f = e + K, *g = f + K, *h = g + K;
+      for (long k = 0; k < K; k++) {
+        s[k] += (e[k] + f[k]) + (g[k] + h[k]);
+        q[k] += (e[k] * (a[k] - mean[k]) + f[k] * (b[k] - mean[k]))
+              + (g[k] * (c[k] - mean[k]) + h[k] * (d[k] - mean[k]));
+      }
+    }
+  }
+}
+
+void backward_merge(const Job *j) {
+  for (long k = 0; k < j->K; k++) {
+    float s = 0, q = 0, n = j->A * j->B, r = j->rstd[k];
+    for (long t = 0; t < j->T; t++) { s += j->sums[2 * t * j->K + k]; q += j->sums[(2 * t + 1) * j->K + k]; }
+    j->c2[k] = -r * r * r * q / n; j->c3[k] = -r * s / n;
+  }
+}
+
+void backward_apply(long first, long last, const Job *j) {
+  long K = j->K; const float *mean = j->mean, *rstd = j->rstd, *c2 = j->c2, *c3 = j->c3;
+  for (long r = row(j, first); r < row(j, last); r++) {
+    const float *p = j->x + r * K, *g = j->dy + r * K; float *o = j->dx + r * K;
+    for (long k = 0; k < K; k++) o[k] = g[k] * rstd[k] + ((p[k] - mean[k]) * c2[k] + c3[k]);
+  }
+}
 """
 SHAPES = ((32, 64, 56, 56), (32, 128, 28, 28), (32, 256, 14, 14), (32, 512, 7, 7), (32, 256, 56, 56), (32, 2048, 7, 7))
 
 
-def build(directory: str) -> ctypes.CDLL:
+def compiled(directory: str) -> ctypes.CDLL:
     """The C loops, compiled for this processor."""
     source, library = Path(directory, "limit.c"), Path(directory, "limit.so")
     source.write_text(SOURCE)
-    flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fopenmp", "-shared", "-fPIC"]
+    flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-shared", "-fPIC"]
     subprocess.run(["gcc", *flags, str(source), "-o", str(library), "-lm"], check=True)
     return ctypes.CDLL(str(library))
 
 
-def c_step(library: ctypes.CDLL, x: torch.Tensor, dy: torch.Tensor) -> tuple[Callable[[], object], torch.Tensor]:
-    """A forward and a backward pass in C, into tensors made once; and the tensor of dx."""
-    form = "first" if x.is_contiguous() else "last"
-    y, dx, mean, rstd = torch.empty_like(x), torch.empty_like(x), *torch.empty(2, x.size(1)).unbind()
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, y, dy, dx, mean, rstd)]
-    px, py, pdy, pdx, pmean, prstd = pointers
-    sizes = [ctypes.c_long(n) for n in (x.size(0), x.size(1), x.size(2) * x.size(3))]
-    forward, backward = getattr(library, f"forward_{form}"), getattr(library, f"backward_{form}")
+class Job(ctypes.Structure):
+    """The C loops' one argument."""
 
-    def step(keep: object = (x, y, dy, dx, mean, rstd)) -> None:
-        forward(px, py, pmean, prstd, *sizes)
-        backward(px, pdy, pdx, pmean, prstd, *sizes)
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "dy", "y", "dx", "mean", "rstd", "c2", "c3", "sums")),
+        *((name, ctypes.c_long) for name in ("A", "K", "B", "T")),
+    ]
+
+
+def c_step(library: ctypes.CDLL, x: torch.Tensor, dy: torch.Tensor) -> tuple[Callable[[], object], torch.Tensor]:
+    """A forward and a backward pass in C on torch's threads, into tensors made once; and the tensor of dx."""
+    A, K, B, T = x.size(0), x.size(1), x.size(2) * x.size(3), torch.get_num_threads()
+    y, dx, (mean, rstd, c2, c3), sums = (
+        torch.empty_like(x),
+        torch.empty_like(x),
+        torch.empty(4, K),
+        torch.empty(2 * T, K),
+    )
+    tensors = (x, dy, y, dx, mean, rstd, c2, c3, sums)
+    job = Job(*(t.data_ptr() for t in tensors), A, K, B, T)
+    context = ctypes.cast(ctypes.pointer(job), ctypes.c_char_p)
+    parallel_for = build.parallel_for()
+    assert parallel_for is not None
+
+    def shared(name: str, tasks: int) -> Callable[[], object]:
+        address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+        return lambda: parallel_for(0, tasks, 1, address, context)
+
+    def alone(name: str) -> Callable[[], object]:
+        return lambda: getattr(library, name)(ctypes.byref(job))
+
+    if x.is_contiguous():
+        calls = [shared("forward_first", K), shared("backward_first", K)]
+    else:
+        calls = [
+            call
+            for way in ("forward", "backward")
+            for call in (shared(f"{way}_sums", T), alone(f"{way}_merge"), shared(f"{way}_apply", T))
+        ]
+
+    def step(keep: object = (tensors, job)) -> None:
+        for call in calls:
+            call()
 
     return step, dx
 
@@ -168,15 +197,14 @@ def torch_step(module: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Ca
 
 def main(
     rounds: Annotated[int, typer.Option(help="Turns of a row.", min=5)] = 15,
-    threads: Annotated[int, typer.Option(help="Threads, of torch and of OpenMP.", min=1)] = 2,
+    threads: Annotated[int, typer.Option(help="Torch's threads.", min=1)] = 2,
 ) -> None:
     """Time the rows and print one line each; the C loops' dx is compared with torch's first."""
     print(nw.tune_allocator())
     torch.set_num_threads(threads)
     ratios: dict[str, list[float]] = {"ours": [], "C": []}
     with tempfile.TemporaryDirectory() as directory:
-        library = build(directory)
-        library.threads(threads)
+        library = compiled(directory)
         for shape in SHAPES:
             for layout in (torch.contiguous_format, torch.channels_last):
                 torch.manual_seed(0)

@@ -86,15 +86,14 @@ def normalize(call: Call, prepared: object = None) -> Tensor:
 
 
 # these need their output alone for their gradient, so they may overwrite what the norm's gradient does not need
-_IN_PLACE = {"relu": torch.relu_, "sigmoid": torch.sigmoid_, "tanh": torch.tanh_}
+_IN_PLACE = {"relu": torch.relu_, "leaky_relu": F.leaky_relu_, "sigmoid": torch.sigmoid_, "tanh": torch.tanh_}
 
 
 def finish(y: Tensor, act: str | None, residual: Tensor | None) -> Tensor:
-    """Add the residual and activate what an operator of torch has just made."""
+    """Add the residual and activate what an operator of torch has just made, in place where nothing else needs it."""
     if residual is not None:
-        dtype, y = y.dtype, y + residual
-        if y.dtype != dtype:
-            y = y.to(dtype)
+        # vmap cannot add what varies to what does not
+        y = (y + residual).to(y.dtype) if torch._C._are_functorch_transforms_active() else y.add_(residual)
     if act is None:
         return y
     return _IN_PLACE[act](y) if act in _IN_PLACE else ACTIVATIONS[act](y)

@@ -136,9 +136,8 @@ def _version() -> str:
 
     target_context: Any = cpu_target.target_context
     parts = [numba.__version__, llvmlite.__version__, repr(target_context.codegen().magic_tuple())]
-    # __init__ and compiled only call the kernels
-    callers = ("__init__.py", "compiled.py")
-    sources = (path for path in sorted(Path(__file__).parent.glob("*.py")) if path.name not in callers)
+    # __init__ only calls the kernels
+    sources = (path for path in sorted(Path(__file__).parent.glob("*.py")) if path.name != "__init__.py")
     parts += [path.read_text(encoding="utf-8") for path in sources]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

@@ -296,7 +296,7 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
                         if chunk == 0:
                             mean_[at_statistic], var_[at_statistic] = mean_k, var_k
                     else:
-                        mean_k, var_k = mean_[kept], var_[kept]
+                        mean_k, var_k = float(running_mean[kept]), float(running_var[kept])
                     rstd = 1 / math.sqrt(var_k + eps)
                     top = T(mean_k)
                     use_weight = not by_a and t[c.WEIGHT] != 0

@@ -179,7 +179,7 @@ def forward(dtype: str, act: str, extra: str, masked: bool):
                     mean = 0.0
                 mean_[task], var_[task] = mean, var
             else:
-                mean, var = mean_[k], var_[k]
+                mean, var = float(running_mean[k]), float(running_var[k])
             rstd = 1 / math.sqrt(var + eps)
             high = T(mean)
             for p in range(P):
