@@ -242,7 +242,7 @@ print(*(how for how, _ in build.compile_times.values()))
 
 @pytest.mark.slow
 def test_kernels_of_different_processes_run_side_by_side(tmp_path):
-    """Numba counts functions in each process from 1, so without our names the two would define the same symbols."""
+    """Numba counts functions in each process from 1, so that kernels left as it makes them define the same symbols."""
 
     def run(*names):
         return subprocess.Popen(
@@ -259,6 +259,34 @@ def test_kernels_of_different_processes_run_side_by_side(tmp_path):
 
     check([run("whole"), run("masked")], "compiled")
     check([run("whole", "masked"), run("masked", "whole")], "loaded loaded")
+
+
+ROUNDED = """
+import hashlib
+import torch
+import normwright as nw
+from normwright.kernels.cpu import build
+torch.manual_seed(0)
+x, dy = torch.randn(2, 8, 6, 24, 24).unbind()
+layer = nw.BatchNorm2d(6, act="sigmoid")
+with nw.use("cpu"):
+    y = layer(x.requires_grad_())
+    found = (y, *torch.autograd.grad(y, [x, *layer.parameters()], dy), layer.running_var)
+print(*(how for how, _ in build.compile_times.values()))
+print(hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in found)).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_a_kernel_just_compiled_rounds_like_the_one_from_the_disk(tmp_path):
+    """Or else the first run of a study could not be repeated bit for bit."""
+    environment = {**os.environ, "NORMWRIGHT_CACHE": str(tmp_path)}
+    first, second = (
+        subprocess.check_output([sys.executable, "-c", ROUNDED], env=environment, text=True).splitlines()
+        for _ in range(2)
+    )
+    assert (first[0], second[0]) == ("compiled compiled", "loaded loaded")
+    assert first[1] == second[1]
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):

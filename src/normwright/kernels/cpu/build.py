@@ -155,16 +155,14 @@ def kernel(family: str, direction: str, dtype: str, act: str, extra: str, masked
         from numba.core.ccallback import CFunc
         from numba.core.sigutils import normalize_signature
 
-        from .scalar import FAST, building, named
+        from .scalar import FAST
 
         start = time.perf_counter()
         make = getattr(importlib.import_module(f".{family}", __package__), direction)
         name = "-".join(map(str, key))
-        token = building.set(name)
-        try:
-            body = named(make(dtype, act, extra, masked))
-        finally:
-            building.reset(token)
+        body = make(dtype, act, extra, masked)
+        # the name of its symbol, which must be no other kernel's: see `scalar._keep_inside`
+        body.__qualname__ += f".{name}"
         signature = normalize_signature(types.void(types.int64, types.int64, types.int64))
         function: Any = CFunc(
             body,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
@@ -170,23 +169,25 @@ def fence(typing_context):
 f32, f64 = np.float32, np.float64
 
 
-# name of the kernel that is being built
-building: ContextVar[str] = ContextVar("building", default="any")
-
-
-def named(function: Callable) -> Callable:
-    """Write the kernel's name into that of a function that keeps a symbol of its own.
-
-    Numba tells functions of one name apart by a count that every process starts at 1, and one table holds the symbols
-    of all kernels of a process: two kernels from the disk, compiled by different processes, would call each other's.
-    """
-    function.__qualname__ += f".{building.get()}"
-    return function
-
-
 def inner(fastmath: set[str]) -> Callable:
     """Decorator for a function called inside a kernel: no exceptions (a division by zero gives infinity)."""
     return njit(fastmath=fastmath, error_model="numpy", forceinline=True)
+
+
+def _keep_inside(library: Any, name: str) -> None:
+    """Let nothing outside of the library see its function of this name, once it is optimized.
+
+    Numba tells functions of one name apart by a count that every process starts at 1, and one table holds the symbols
+    of all kernels of a process. Kernels from the disk that different processes compiled would run each other's loops,
+    and a kernel just compiled would run the function's own copy, which may round otherwise than its copy on the disk.
+    """
+    finalize = library._finalize_final_module
+
+    def finalize_inside() -> None:
+        library._final_module.get_function(name).linkage = "internal"
+        finalize()
+
+    library._finalize_final_module = finalize_inside
 
 
 def alone(fastmath: set[str]) -> Callable:
@@ -198,7 +199,7 @@ def alone(fastmath: set[str]) -> Callable:
     """
 
     def decorate(function: Callable) -> Callable:
-        outlined = njit(fastmath=fastmath, error_model="numpy", forceinline=False)(named(function))
+        outlined = njit(fastmath=fastmath, error_model="numpy", forceinline=False)(function)
 
         @intrinsic
         def call(typing_context, *arguments):
@@ -207,6 +208,7 @@ def alone(fastmath: set[str]) -> Callable:
             def codegen(context, builder, signature, values):
                 compiled = outlined.get_compile_result(found)
                 context.active_code_library.add_linking_library(compiled.library)
+                _keep_inside(context.active_code_library, compiled.fndesc.mangled_name)
                 called = context.declare_function(builder.module, compiled.fndesc)
                 unpacked = cgutils.unpack_tuple(builder, values[0], len(arguments))
                 _, result = context.call_conv.call_function(
