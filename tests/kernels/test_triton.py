@@ -29,9 +29,9 @@ from normwright.kernels.call import Call
 
 compiler = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
-    not (triton.interpreting() or torch.cuda.is_available()), reason="needs a GPU or TRITON_INTERPRET=1"
+    not (triton.INTERPRETING or torch.cuda.is_available()), reason="needs a GPU or TRITON_INTERPRET=1"
 )
-DEVICE = "cpu" if triton.interpreting() else "cuda"
+DEVICE = "cpu" if triton.INTERPRETING else "cuda"
 SMALL = triton.Config(tile=64, row=32, lines=8, waves=4, splits=3)
 CONFIGS = {"as-is": triton.CONFIG, "small": SMALL}
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -511,7 +511,7 @@ def test_where_the_kernels_do_not_run_is_a_sentence():
 
 
 def test_without_the_interpreter_the_cpu_is_refused(monkeypatch):
-    monkeypatch.setattr(triton, "interpreting", lambda: False)
+    monkeypatch.setattr(triton, "INTERPRETING", False)
     with nw.use("triton"), pytest.raises(RuntimeError, match="only TRITON_INTERPRET=1 runs these kernels"):
         nw.normalize(torch.randn(4, 3), LN, None, None)
     monkeypatch.setattr(triton, "UNAVAILABLE", "triton is not installed")

@@ -46,6 +46,7 @@ from ..plan import NoPlan, Plan, plan
 
 __all__ = [
     "CONFIG",
+    "INTERPRETING",
     "STATISTICS",
     "Config",
     "Cut",
@@ -53,13 +54,14 @@ __all__ = [
     "cut",
     "expand_mask",
     "forward",
-    "interpreting",
     "normalize",
     "prepare",
     "saved",
 ]
 
 STATISTICS = 3  # rows: means, variances and counts
+# whether Triton interprets its kernels on the CPU; it decides for good when it is imported
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 UNAVAILABLE = None if find_spec("triton") else "triton is not installed; it comes with the CUDA builds of torch"
 
 
@@ -118,16 +120,10 @@ class Cut:
     scattered: bool
 
 
-@torch.compiler.assume_constant_result
-def interpreting() -> bool:
-    """Whether Triton interprets its kernels on the CPU (it decides when it is imported)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 @cache
 def _kernels() -> Any:
     """The kernels' module, imported at first use, as Triton is."""
-    if interpreting():
+    if INTERPRETING:
         # Triton 3.6 turns its one-element arrays into loop bounds by int(), which NumPy 2.4 refuses
         from triton.runtime import interpreter
 
@@ -230,7 +226,7 @@ def cut(
 
 
 def _runs_on(device: torch.device) -> bool:
-    return device.type == "cuda" or (device.type == "cpu" and interpreting())
+    return device.type == "cuda" or (device.type == "cpu" and INTERPRETING)
 
 
 def prepare(call: Call, demanded: bool) -> Cut | ModuleType | str:
