@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from normwright import bench as b
 from normwright.bench import cases, devices, measure, others
 from normwright.bench.row import least_traffic
+from normwright.kernels import triton
 from normwright.lab.errors import UserError
 
 L2 = 64 << 10
@@ -62,6 +63,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(devices.Cuda, "place", "cpu")
     monkeypatch.setattr(devices.Cuda, "sample_seconds", 1e-4)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(triton, "INTERPRETING", False)  # read when it was imported, by whichever test came first
     return properties
 
 
