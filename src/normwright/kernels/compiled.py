@@ -60,9 +60,15 @@ def _sizes(backend: ModuleType, call: Call) -> tuple[int, int]:
             values = values * layout.split[i]
     for size in shape:
         count = count * size
-    rows = backend.STATISTICS if call.use_batch_stats else 2
-    bits = count * ((values + 7) // 8) if backend.saved(call.act, call.residual is not None) == "bits" else 0
-    return rows * count, bits
+    numbers = (backend.STATISTICS if call.use_batch_stats else 2) * count
+    if backend.saved(call.act, call.residual is not None) != "bits":
+        return numbers, 0
+    # eight values with one parameter in a byte; rows with a parameter for every value count as one
+    within = 1
+    for i in layout.reduced:
+        within = within * (layout.split[i] if layout.affine_view[i] != 1 else 1)
+    within = 1 if within == values else within
+    return numbers, count * within * ((values // within + 7) // 8)
 
 
 _SCHEMA = (

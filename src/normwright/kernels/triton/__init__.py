@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, lru_cache
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -50,6 +51,7 @@ __all__ = [
     "STATISTICS",
     "Config",
     "Cut",
+    "Tiles",
     "backward",
     "cut",
     "expand_mask",
@@ -67,74 +69,150 @@ UNAVAILABLE = None if find_spec("triton") else "triton is not installed; it come
 
 @dataclass(frozen=True)
 class Config:
-    """How work is cut for a GPU. Estimates from the sizes of registers and caches: none was timed.
+    """How work is cut for a GPU.
+
+    No GPU has timed these. Registers, spills and instructions a value are those of the machine code for compute
+    capability 9.0 (`benchmarks/instructions.py`); the rest is reckoned from what such a GPU keeps in flight.
 
     Arguments:
-        tile: values of a tile that is one of several; 16 KB in float32.
-        row: values of a tile that holds whole rows; 64 KB in float32, spread over 32 warps' registers.
-        each: values of a thread. ptxas for compute capability 9.0 gives tiles of 4096 that are one of several 56 to 98
-            registers a thread and spills none; at 32 values it gives 164 to 254. Whole rows of 8192 forward and of 4096
-            backward spill none either; rows of 16384 spill 160 and 736 bytes a thread (at 32 values 224 and 2384).
+        tile: values of a tile that is one of several: 128 threads of `each` values, so that sums cross few warps.
+            Batch norm of 128×512×14×14, channels first, bfloat16, takes 50 instructions a value forward and backward
+            with 2048, 57 with 4096 and 70 with 8192.
+        row: most values of a tile that holds whole statistics; 64 KB in float32. Backward holds two tensors: half.
+        each: values of a thread. At 8, 16 and 32 batch norm of 128×512×14×14 in channels_last, bfloat16, takes 105, 75
+            and 60 instructions a value and at most 90, 112 and 160 registers, of which 128 let 16 warps run.
+        held: values of a thread where a tile holds whole statistics and nothing loops; forward of rows of 4096 in
+            bfloat16 takes 51, 31 and 21 instructions a value at 8, 16 and 32, and 37, 48 and 68 registers.
         lines: neighbouring statistics of a tile where they, not the reduced values, are contiguous: 128 bytes.
-        waves: programs for every processor that a launch should have, so that none idles at its end.
+        resident: warps that a processor should have, so that 32 KB and more are in flight: half of those it takes.
         splits: most shares of one statistic; whoever merges them reads that many parts.
     """
 
-    tile: int = 4096
+    tile: int = 2048
     row: int = 16384
-    each: int = 8
+    each: int = 16
+    held: int = 32
     lines: int = 32
-    waves: int = 4
-    splits: int = 64
+    resident: int = 32
+    splits: int = 128
 
 
 CONFIG = Config()
+LIMIT = (1 << 31) - (1 << 21)  # counts stay below 2³¹ where tiles and shares hang over
 _TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How one call runs: the plan, tiles of BK kept by BR reduced values, and shares of each statistic."""
+class Tiles:
+    """A nest as tiles of BK kept by BR reduced values, and shares of `chunk` values of each statistic.
 
-    plan: Plan
-    R: int
-    Q: int  # statistics
-    stored: int  # statistics that the kernels are given or leave
-    by_r: bool  # a parameter for every element of a row
-    one: bool  # a tile holds whole statistics
+    Arguments:
+        form: "flat" where B = 1, "rows" where A = 1, else "nest"; offsets are made so.
+        one: a tile holds whole statistics.
+        rows: neighbouring k that share a statistic, each with a parameter of its own.
+    """
+
+    O: int
+    A: int
+    K: int
+    B: int
+    form: str
+    rows: int
     BK: int
     BR: int
+    one: bool
     splits: int
     chunk: int
-    across: bool  # a tile is as wide as it is across neighbouring statistics: so lie their signs
-    sub: tuple[int, int, int, int, int, int]  # backward sums by parameter: K, B, R, BK, BR, chunk
-    sub_splits: int
-    rows: tuple[int, int, int, int]  # backward of rows: BK, BR, columns, rows of a program
     warps: int
-    sub_warps: int
-    row_warps: int
+
+    @property
+    def R(self) -> int:
+        return self.A * self.B
+
+    @property
+    def Q(self) -> int:
+        return self.O * self.K
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.O * _parts(self.K, self.BK), self.splits
+
+    @cached_property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """A, K, B, R, and the numbers that divide by B: magic and shift."""
+        shift = max(self.B - 1, 0).bit_length()
+        return self.A, self.K, self.B, self.R, -(-(1 << 31 + shift) // max(self.B, 1)), max(shift - 1, 0)
+
+    @cached_property
+    def constants(self) -> dict[str, Any]:
+        """What the kernels are compiled for."""
+        together = math.gcd(self.K, self.BK, 8) if self.form == "flat" else math.gcd(self.B, self.BR, 8)
+        return {
+            "FORM": self.form, "WIDE": self.R * self.K >= 1 << 31, "V": together,
+            "EVEN": self.K % self.BK == 0 and self.R % self.BR == 0,
+            "BK": self.BK, "BR": self.BR, "num_warps": self.warps,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one call runs: the plan, and the tiles of its kernels."""
+
+    plan: Plan
+    statistics: Tiles
+    values: Tiles  # of the result where the statistics are known: of the nest whose rows have one parameter each
+    gradients: Tiles  # of the same, backward, which holds two tensors
+    by_row: Tiles | None  # backward, where every element of a row has a parameter: splits are shares of the rows
+    columns: int  # that a row has then
+    across: bool  # a tile is as wide as it is across neighbouring rows: so lie their signs
     compute: torch.dtype
     running: int
     merged: bool
     permuted: bool  # kept axes lie in memory in another order than in the pattern
     scattered: bool
 
+    @property
+    def R(self) -> int:
+        return self.plan.A * self.plan.B
+
+    @property
+    def Q(self) -> int:
+        return self.plan.O * self.plan.K
+
 
 @cache
 def _kernels() -> Any:
     """The kernels' module, imported at first use, as Triton is."""
     if INTERPRETING:
-        # Triton 3.6 turns its one-element arrays into loop bounds by int(), which NumPy 2.4 refuses
-        from triton.runtime import interpreter
-
-        def patched(tensor: Any, scope: Any, patch: Any = interpreter._patch_lang_tensor) -> None:
-            patch(tensor, scope)
-            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-        interpreter._patch_lang_tensor = patched
+        _mend_interpreter()
     from . import kernels
 
     return kernels
+
+
+def _mend_interpreter() -> None:
+    """Triton 3.6's interpreter on NumPy 2.4, and twenty times as fast."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_tensor, patch_language = interpreter._patch_lang_tensor, interpreter._patch_lang
+
+    def tensor(cls: Any, scope: Any) -> None:
+        # its one-element arrays become loop bounds by int(), which NumPy 2.4 refuses
+        patch_tensor(cls, scope)
+        scope.set_attr(cls, "__index__", lambda self: self.handle.data.item())
+
+    @cache
+    def languages(module: str) -> tuple[Any, ...]:
+        return tuple(value for value in vars(sys.modules[module]).values() if value in (tl, tl.core))
+
+    def language(function: Any) -> Any:
+        # every call of a function within a kernel would go through all members of the language again
+        if any(tl.core.is_builtin(each.load) for each in languages(function.__module__)):
+            return patch_language(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang_tensor, interpreter._patch_lang = tensor, language
 
 
 def _parts(n: int, size: int) -> int:
@@ -145,12 +223,68 @@ def _power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _warps(BK: int, BR: int, config: Config) -> int:
-    return min(32, max(4, BK * BR // (32 * config.each)))
+def _warps(tile: int, each: int) -> int:
+    return min(32, max(1, tile // (32 * each)))
 
 
 def _across(p: Plan, K: int, B: int, config: Config) -> bool:
     return config.lines > B and K > 1 and p.A > 1
+
+
+def _form(A: int, B: int) -> str:
+    return "rows" if A == 1 else "flat" if B == 1 else "nest"
+
+
+def _tiles(p: Plan, rows: int, streams: int, processors: int, config: Config) -> Tiles:
+    """Tiles of the nest of the statistics, or of that whose rows have one parameter each, `rows` to a statistic.
+
+    `streams` tensors are read at a time.
+    """
+    A, K, B = p.A, p.K * rows, p.B // rows
+    across = _across(p, K, B, config)
+    if K == 1 and p.P == 1:  # what is reduced lies together
+        A, B = 1, A * B
+    R = A * B
+    BK = min(_power(K), config.lines) if across else 1
+    if BK * _power(R) <= config.row // streams:
+        BR = _power(R)
+        if BK == 1:
+            BK = max(1, min(_power(K), config.tile // 2 // BR))
+        return Tiles(
+            p.O, A, K, B, _form(A, B), rows, BK, BR, True, 1, BR, _warps(BK * BR, config.held // streams)
+        )  # fmt: skip
+    programs, wanted = p.O * _parts(K, BK), config.resident * processors
+
+    def shares(tile: int) -> int:
+        return max(1, wanted // (programs * _warps(tile, config.each)))
+
+    # large tiles where they spare the shares altogether, or where merging those takes long
+    sizes = [config.tile << i for i in range(3)]
+    tile = next((size for size in sizes if shares(size) == 1), sizes[-1] if across else sizes[0])
+    tile = next((size for size in sizes if size >= tile and shares(size) <= config.splits), sizes[-1])
+    BR = max(8, tile // BK)
+    splits = min(_parts(R, BR), shares(tile), config.splits)
+    chunk = _parts(_parts(R, BR), splits) * BR
+    return Tiles(
+        p.O, A, K, B, _form(A, B), rows, BK, BR, False, _parts(R, chunk), chunk, _warps(BK * BR, config.each)
+    )  # fmt: skip
+
+
+def _by_row(p: Plan, processors: int, config: Config) -> tuple[Tiles, int]:
+    """Tiles of rows with a parameter for every element, and the columns that a row has.
+
+    Every program leaves a sum for every parameter; so there are half as many as elsewhere.
+    """
+    R, Q = p.A * p.B, p.O * p.K
+    width = min(_power(p.K), config.lines) if p.by_a else 1
+    BR = _power(R) if width * _power(R) <= config.row else max(8, 2 * config.tile // width)
+    BK = max(width, min(_power(Q), config.tile // BR))
+    warps = _warps(BK * BR, config.each)
+    columns = _parts(R, BR)
+    shares = max(1, min(_parts(Q // p.G, BK), max(config.resident * processors // (2 * warps), processors) // columns))
+    chunk = _parts(_parts(Q // p.G, BK), shares) * BK
+    shares = _parts(Q // p.G, chunk)
+    return Tiles(p.O, p.A, p.K, p.B, _form(p.A, p.B), 1, BK, BR, columns == 1, shares, chunk, warps), columns
 
 
 @lru_cache(maxsize=4096)
@@ -169,54 +303,23 @@ def cut(
     if p.by_a and p.B > 1:
         return "contiguous values per statistic with a parameter for every outer place have no kernel"
     R, Q = p.A * p.B, p.O * p.K
-    if max(R, Q) >= 1 << 31:  # offsets are 64-bit, and what counts these is not
-        return f"{Q} statistics of {R} values: 2³¹ of either have no kernel"
+    if max(R, Q * (1 if by_r else p.P)) >= LIMIT:  # offsets are 64-bit, and what counts these is not
+        return f"{Q} statistics of {R} values: 2³¹ of either, less a tile, have no kernel"
     if by_r and p.G >= 1 << 16:
         return f"{p.G} groups with a parameter for every element of a row are more than a launch has places for"
-    target = config.waves * processors
-
-    def tiles(K: int, B: int, R: int) -> tuple[int, int, int, int, bool]:
-        """BK, BR, shares, values of a share, and whether a tile holds whole statistics."""
-        BK = min(_power(K), config.lines) if _across(p, K, B, config) else 1
-        one = BK * _power(R) <= config.row
-        BR = _power(R) if one else max(8, config.tile // BK)
-        if one and BK == 1:
-            BK = max(1, min(_power(K), config.tile // 4 // BR))
-        programs = p.O * _parts(K, BK)
-        shares = 1 if one else max(1, min(_parts(R, BR), target // programs, config.splits))
-        chunk = _parts(_parts(R, BR), shares) * BR
-        return BK, BR, _parts(R, chunk), chunk, one
-
-    BK, BR, splits, chunk, one = tiles(p.K, p.B, R)
-    P = 1 if by_r else p.P
-    sub_K, sub_B = p.K * P, p.S if P > 1 else p.B
-    sub_BK, sub_BR, sub_splits, sub_chunk, _ = tiles(sub_K, sub_B, p.A * sub_B)
-    row_BR = _power(R) if _power(R) <= config.row else config.tile
-    row_BK = max(1, min(_power(Q), (config.lines if p.by_a else 1) * max(1, config.tile // 4 // row_BR)))
-    columns = _parts(R, row_BR)
-    per_group = Q // p.G if by_r else Q
-    shares = max(1, min(_parts(per_group, row_BK), target // columns))
     layout = p.layout
     kept = [i for i in entries(p) if i in layout.kept and layout.split[i] != 1]
     merged = bool(spec.running) and any(layout.split[i] > 1 for i in layout.merged)
+    values = _tiles(p, 1 if by_r else p.P, 1, processors, config)
+    by_row, columns = _by_row(p, processors, config) if by_r else (None, 0)
     return Cut(
         plan=p,
-        R=R,
-        Q=Q,
-        stored=Q if use_batch else p.K,
-        by_r=by_r,
-        one=one,
-        BK=BK,
-        BR=BR,
-        splits=splits,
-        chunk=chunk,
-        across=_across(p, p.K, p.B, config),
-        sub=(sub_K, sub_B, p.A * sub_B, sub_BK, sub_BR, sub_chunk),
-        sub_splits=sub_splits,
-        rows=(row_BK, row_BR, columns, _parts(_parts(per_group, row_BK), shares) * row_BK),
-        warps=_warps(BK, BR, config),
-        sub_warps=_warps(sub_BK, sub_BR, config),
-        row_warps=_warps(row_BK, row_BR, config),
+        statistics=_tiles(p, 1, 1, processors, config),
+        values=values,
+        gradients=_tiles(p, values.rows, 2, processors, config),
+        by_row=by_row,
+        columns=columns,
+        across=_across(p, p.K * values.rows, p.B // values.rows, config),
         compute=torch.float64 if dtype == torch.float64 else torch.float32,
         running=math.prod(layout.running_shape),
         merged=merged,
@@ -296,13 +399,13 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Output; means, biased variances and counts; the mask, a byte an element in the order of memory; and the signs.
 
-    Of the signs there is a bit an element, eight values of a statistic in a byte; only if there is reason to keep them.
+    Of the signs there is a bit an element, eight values with one parameter in a byte; only if there is reason to keep them.
     """
     kernels = _kernels()
     spec, p = call.spec, found.plan
     y, bits = torch.empty_like(x), None
     if keep and saved(call.act, residual is not None) == "bits":
-        bits = x.new_empty(found.Q * _parts(found.R, 8), dtype=torch.uint8)
+        bits = x.new_empty(found.values.Q * _parts(found.values.R, 8), dtype=torch.uint8)
     flags = None if call.mask is None else expand_mask(found, call.mask)
     moves = call.use_batch_stats and call.running_var is not None and not found.merged
     mean, var = (computed(t, found.compute) if moves else None for t in (call.running_mean, call.running_var))
@@ -310,34 +413,31 @@ def forward(
         statistics = x.new_empty((3, found.Q), dtype=torch.float64)
     else:
         statistics = native.batch_statistics(call, p.layout)
-    nest = (p.A, p.K, p.B, found.R)
-    # rows number their parameters by r
-    parameters = (p.G, found.R, 1) if found.by_r else (p.G, p.P, p.S)
     common: dict[str, Any] = {
         "CENTER": spec.center, "MOVES": moves, "W": weight is not None, "BIAS": bias is not None,
-        "RESIDUAL": residual is not None, "BITS": bits is not None, "ACROSS": found.across, "BY_R": found.by_r,
+        "RESIDUAL": residual is not None, "BITS": bits is not None, "ACROSS": found.across,
         "ACT": call.act or "none", "MASKED": flags is not None, "COMPUTE": _compute_type(found),
-        "BK": found.BK, "BR": found.BR, "num_warps": found.warps,
     }  # fmt: skip
-    programs = p.O * _parts(p.K, found.BK)
+    tiles, per = found.statistics, "r" if found.by_row else "row"
     with _on(x):
-        if call.use_batch_stats and found.splits == 1:
-            kernels.forward[(programs,)](
-                x, flags, y, bits, weight, bias, residual, statistics, mean, var, *nest, *parameters, found.Q,
-                call.eps, call.new_weight, ONE=found.one, **common,
+        if call.use_batch_stats and tiles.splits == 1 and (found.by_row or p.P == 1):
+            kernels.forward[tiles.grid[:1]](
+                x, flags, y, bits, weight, bias, residual, statistics, mean, var, *tiles.sizes, p.G, found.Q,
+                call.eps, call.new_weight, ONE=tiles.one, PER=per, **common, **tiles.constants,
             )  # fmt: skip
         else:
             parts = None
             if call.use_batch_stats:
-                parts = x.new_empty((3, found.splits, found.Q), dtype=torch.float64)
-                kernels.partials[(programs, found.splits)](
-                    x, flags, parts, *nest, found.chunk, found.Q, CENTER=spec.center, MASKED=flags is not None,
-                    COMPUTE=common["COMPUTE"], BK=found.BK, BR=found.BR, num_warps=found.warps,
+                parts = x.new_empty((4, tiles.splits, found.Q), dtype=found.compute)
+                kernels.partials[tiles.grid](
+                    x, flags, parts, *tiles.sizes, tiles.chunk, found.Q, ONE=tiles.one, CENTER=spec.center,
+                    MASKED=flags is not None, COMPUTE=common["COMPUTE"], **tiles.constants,
                 )  # fmt: skip
-            kernels.apply[(programs, found.splits)](
-                x, flags, y, bits, weight, bias, residual, parts, statistics, mean, var, *nest, *parameters,
-                found.Q, found.stored, found.splits, found.chunk, call.eps, call.new_weight,
-                GIVEN=not call.use_batch_stats, **common,
+            parted, tiles = tiles.splits, found.values
+            kernels.apply[tiles.grid](
+                x, flags, y, bits, weight, bias, residual, parts, statistics, mean, var, *tiles.sizes,
+                tiles.rows, p.G, found.Q, parted, tiles.chunk, call.eps, call.new_weight,
+                SPLITS=0 if parts is None else _power(parted), PER=per, **common, **tiles.constants,
             )  # fmt: skip
     if moves:
         put_back(call.running_mean, mean)
@@ -355,10 +455,11 @@ def forward(
 
 def _signs(found: Cut, bits: Tensor) -> Tensor:
     """The bits as a tensor of the input's shape, for the formula."""
-    p = found.plan
-    each = bits.view(p.O, p.K, -1) if not found.across else bits.view(p.O, -1, p.K).transpose(1, 2)
+    p, t = found.plan, found.values
+    each = bits.view(t.O, t.K, -1) if not found.across else bits.view(t.O, -1, t.K).transpose(1, 2)
     each = each.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
-    nest = each.flatten(2)[..., : found.R].unflatten(2, (p.A, p.B)).transpose(1, 2)
+    # (O, K, P, A, S) in the order of memory
+    nest = each.flatten(2)[..., : t.R].reshape(p.O, p.K, t.rows, p.A, p.B // t.rows).permute(0, 3, 1, 2, 4)
     order = entries(p)
     places = sorted(range(len(order)), key=order.__getitem__)
     return nest.reshape([p.layout.split[i] for i in order]).permute(places).reshape(p.layout.shape)
@@ -413,38 +514,43 @@ def backward(
         "ACROSS": found.across, "ACT": act or "none", "MASKED": flags is not None, "COMPUTE": _compute_type(found),
     }  # fmt: skip
     tensors = (x, flags, dy, extra, weight, bias, statistics)
+    tiles = found.gradients
     with _on(x):
-        if found.by_r:
-            BK, BR, columns, rows = found.rows
-            per_group = found.Q // p.G
-            shares = _parts(per_group, rows)
-            sums = None
-            if columns > 1:
+        if found.by_row is not None:
+            rows, sums = found.by_row, None
+            if not rows.one:
                 sums = x.new_empty((2, found.Q), dtype=found.compute)
-                kernels.backward_row_sums[(p.O * _parts(p.K, found.BK),)](
-                    *tensors, sums, p.A, p.K, p.B, found.R, p.G, found.Q, eps,
-                    BK=found.BK, BR=found.BR, num_warps=found.warps, **common,
-                )  # fmt: skip
-            parameters = x.new_empty((2, shares, p.G * found.R), dtype=found.compute)
-            kernels.backward_rows[(shares, columns, p.G)](
-                *tensors, sums, dx, dresidual, parameters, p.A, p.K, p.B, found.R, p.G, found.Q, rows, eps,
-                KNOWN=columns > 1, CENTER=spec.center, DRESIDUAL=dresidual is not None, BK=BK, BR=BR,
-                num_warps=found.row_warps, **common,
+                whole = replace(tiles, splits=1)
+                kernels.backward_row_sums[whole.grid[:1]](
+                    *tensors, sums, *whole.sizes, p.G, found.Q, eps, **common, **whole.constants
+                )
+            parameters = x.new_empty((2, rows.splits, p.G * found.R), dtype=found.compute)
+            even = (found.Q // p.G) % rows.BK == 0 and found.R % rows.BR == 0
+            kernels.backward_rows[(rows.splits, found.columns, p.G)](
+                *tensors, sums, dx, dresidual, parameters, *rows.sizes, p.G, found.Q, rows.chunk, eps,
+                KNOWN=sums is not None, CENTER=spec.center, DRESIDUAL=dresidual is not None,
+                **common, **rows.constants | {"EVEN": even},
             )  # fmt: skip
             dbias, dweight = parameters.sum(1).unbind()
         else:
-            K, B, R, BK, BR, chunk = found.sub
-            sums = x.new_empty((2, found.sub_splits, p.O * K), dtype=found.compute)
-            kernels.backward_partials[(p.O * _parts(K, BK), found.sub_splits)](
-                *tensors, sums, p.A, K, B, R, p.G, p.P, found.stored, chunk, p.O * K, eps,
-                BK=BK, BR=BR, num_warps=found.sub_warps, **common,
-            )  # fmt: skip
-            kernels.backward_apply[(p.O * _parts(p.K, found.BK), found.splits)](
-                *tensors, sums, dx, dresidual, p.A, p.K, p.B, found.R, p.G, p.P, p.S, found.Q, found.stored,
-                found.sub_splits, found.chunk, eps,
-                BATCH=use_batch, CENTER=spec.center, DRESIDUAL=dresidual is not None, BY_R=False,
-                BK=found.BK, BR=found.BR, num_warps=found.warps, **common,
-            )  # fmt: skip
+            sums = x.new_empty((2, tiles.splits, tiles.Q), dtype=found.compute)
+            common |= {"BATCH": use_batch}
+            more = {"CENTER": spec.center, "DRESIDUAL": dresidual is not None}
+            if tiles.splits == 1 and tiles.rows == 1:
+                kernels.backward[tiles.grid[:1]](
+                    *tensors, sums, dx, dresidual, *tiles.sizes, p.G, found.Q, eps, ONE=tiles.one,
+                    **more, **common, **tiles.constants,
+                )  # fmt: skip
+            else:
+                kernels.backward_partials[tiles.grid](
+                    *tensors, sums, *tiles.sizes, tiles.rows, p.G, tiles.chunk, found.Q, eps,
+                    **common, **tiles.constants,
+                )  # fmt: skip
+                parts = min(_power(tiles.splits * tiles.rows), max(1, CONFIG.tile // 2 // tiles.BK))
+                kernels.backward_apply[tiles.grid](
+                    *tensors, sums, dx, dresidual, *tiles.sizes, tiles.rows, p.G, tiles.splits, tiles.chunk,
+                    found.Q, found.R, eps, SUMS=parts, **more, **common, **tiles.constants,
+                )  # fmt: skip
             # (splits, O, K / G) times G·P: what shares a parameter
             dbias, dweight = sums.view(2, -1, p.G * p.P).sum(1).unbind()
     if has_residual and dresidual is None and need[3]:

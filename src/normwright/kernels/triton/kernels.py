@@ -2,10 +2,23 @@
 
 Element (o, a, k, b) lies at ((o·A + a)·K + k)·B + b; r = a·B + b counts the R = A·B values of a statistic, and
 q = o·K + k the statistics. A tile holds BK neighbouring k and BR neighbouring r, so that one form serves channels
-innermost (B = 1, BK large) and images innermost (BK = 1, BR large) alike. Offsets are 64-bit.
+innermost (B = 1, BK large) and images innermost (BK = 1, BR large) alike.
 
-Sums are taken about a pivot, the mean of the first tile, and means are kept in float64: at mean 3000 and deviation 1 a
-float32 mean alone would be off by 2e-4, and every result with it.
+A GPU that reads 4.8 TB/s has time for about a dozen instructions a value in bfloat16, so what is done for every value is
+kept to a handful (`benchmarks/instructions.py` counts them in the machine code):
+
+- Eight neighbours in memory are one load. The compiler sees that only where sizes are multiples of 16; elsewhere `V`
+  says how many values lie together.
+- Dividing r by B is a multiplication by `magic`, 2^(31 + s) / B rounded up for the least s with B ≤ 2^s: exact below 2³¹
+  (Granlund & Montgomery 1994).
+- Weight, bias, mean and deviation are read once a row of a tile, not once a value. Where P parameters share a statistic,
+  kernels that know the statistics take the nest of the parameters, whose K counts (kept place, place within P).
+- Sums are kept by lane, and added across lanes once at the end.
+- Only tiles that hang over the edge test for it: not those that are EVEN.
+
+Sums are taken about a pivot, the mean of the first tile, so that what cancels is bounded by the number of tiles. A mean
+is two numbers of the computing type, high + low: at mean 3000 and deviation 1 a float32 mean alone would be off by 2e-4,
+and every result with it, while float64 would run at 1/64 of the speed on most GPUs.
 
 Nothing is added by atomics: every sum is left in parts, which whoever comes next adds in their order, so that results
 are the same from run to run.
@@ -19,7 +32,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["apply", "backward_apply", "backward_partials", "backward_row_sums", "backward_rows", "forward", "partials"]
+__all__ = [
+    "apply",
+    "backward",
+    "backward_apply",
+    "backward_partials",
+    "backward_row_sums",
+    "backward_rows",
+    "forward",
+    "partials",
+]
+
+
+# ------------------------------------------------------------------------------------------------------- activations
 
 
 @triton.jit
@@ -46,46 +71,28 @@ def _activate(z, ACT: tl.constexpr):
 
 
 @triton.jit
-def _slope(z, ACT: tl.constexpr, COMPUTE: tl.constexpr):
-    """The activation's derivative at z; for relu and leaky_relu the sign of z is enough."""
+def _back(g, z, ACT: tl.constexpr, COMPUTE: tl.constexpr):
+    """g times the activation's derivative at z; for relu and leaky_relu the sign of z is enough."""
     if ACT == "relu":
-        s = tl.where(z > 0, 1.0, 0.0)
+        g = tl.where(z > 0, g, 0.0)
     elif ACT == "leaky_relu":
-        s = tl.where(z > 0, 1.0, tl.full(z.shape, 0.01, COMPUTE))
+        g = tl.where(z > 0, g, g * tl.full([1, 1], 0.01, COMPUTE))
     elif ACT == "sigmoid":
         p = _sigmoid(z)
-        s = p * (1 - p)
+        g = g * (p * (1 - p))
     elif ACT == "tanh":
         p = _sigmoid(2 * z)
-        s = 4 * p * (1 - p)
+        g = g * (4 * p * (1 - p))
     elif ACT == "silu":
         p = _sigmoid(z)
-        s = p * (1 + z * (1 - p))
-    else:
+        g = g * (p * (1 + z * (1 - p)))
+    elif ACT == "gelu":
         cdf = 0.5 * (1 + tl.erf(z * 0.7071067811865476))
-        s = cdf + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    return s
+        g = g * (cdf + z * 0.3989422804014327 * tl.exp(-0.5 * z * z))
+    return g
 
 
-@triton.jit
-def _offsets(o, k, r, A, K, B):
-    return ((o * A + r // B) * K + k).to(tl.int64) * B + r % B
-
-
-@triton.jit
-def _byte(o, k, r, K, R, ACROSS: tl.constexpr):
-    """The byte with the sign of an element: eight neighbouring r of one statistic share it.
-
-    ACROSS: neighbouring statistics lie together in memory, and so do their bytes.
-    """
-    bytes = tl.cdiv(R, 8)
-    return (o * bytes + r // 8) * K + k if ACROSS else (o * K + k) * bytes + r // 8
-
-
-@triton.jit
-def _parameter(o, k, r, K, B, G, P, S, BY_R: tl.constexpr):
-    """The parameter of an element: r itself within group q % G, or that of k and of b // S."""
-    return (o * K + k) % G * P + r + 0 * k if BY_R else (k % G) * P + (r % B) // S
+# ------------------------------------------------------------------------------------------------- places in the nest
 
 
 @triton.jit
@@ -96,155 +103,206 @@ def _at(pid, K, BK: tl.constexpr):
 
 
 @triton.jit
-def _load(x, mask, offsets, valid, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
+def _places(
+    o, k, r, A, K, B, R, magic, shift, FORM: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr
+):  # fmt: skip
+    """Offsets of (o, k, r), and which of them there are. FORM: "flat" is B = 1, "rows" A = 1, and "nest" neither.
+
+    V neighbours in memory are V neighbours of the tile that begin at a multiple of V. WIDE: r·K exceeds 31 bits.
+    """
+    inside = (k < K) & (r < R)
+    if FORM == "rows":
+        offsets = (o * K + k) * B + r
+    else:
+        if FORM == "flat":
+            a = r
+        else:
+            a = (tl.umulhi(r.to(tl.uint32), magic.to(tl.uint32)) >> shift).to(tl.int32)
+        if WIDE:
+            a = a.to(tl.int64)
+        if FORM == "flat":
+            offsets = o * A * K + k + a * K
+        else:  # ((o·A + a)·K + k)·B + (r − a·B)
+            offsets = (o * A * K + k) * B + (r + a * ((K - 1) * B))
+    if FORM == "flat":
+        offsets = tl.max_contiguous(tl.multiple_of(offsets, (V, 1)), (V, 1))
+        inside = tl.max_constancy(inside, (V, 1))
+    else:
+        offsets = tl.max_contiguous(tl.multiple_of(offsets, (1, V)), (1, V))
+        inside = tl.max_constancy(inside, (1, V))
+    return offsets, inside
+
+
+@triton.jit
+def _byte(o, k, r, K, R, ACROSS: tl.constexpr):
+    """The byte with the sign of an element: eight neighbouring r of one row share it.
+
+    ACROSS: neighbouring rows lie together in memory, and so do their bytes.
+    """
+    bytes = tl.cdiv(R, 8)
+    return (o * bytes + r // 8) * K + k if ACROSS else (o * K + k) * bytes + r // 8
+
+
+@triton.jit
+def _read(x, offsets, inside, EVEN: tl.constexpr, COMPUTE: tl.constexpr):
+    v = tl.load(x + offsets) if EVEN else tl.load(x + offsets, mask=inside, other=0.0)
+    return v.to(COMPUTE)
+
+
+@triton.jit
+def _load(x, mask, offsets, inside, EVEN: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
     """Values in the computing type, and where they count; others are 0, whatever they hold."""
-    v = tl.load(x + offsets, mask=valid, other=0.0).to(COMPUTE)
+    v = _read(x, offsets, inside, EVEN, COMPUTE)
     if MASKED:
-        valid = valid & (tl.load(mask + offsets, mask=valid, other=0) != 0)
-        v = tl.where(valid, v, 0.0)
-    return v, valid
+        inside = inside & (tl.load(mask + offsets, mask=inside, other=0) != 0)
+        v = tl.where(inside, v, 0.0)
+    return v, inside
 
 
 @triton.jit
-def _merge(n, mean, m2, count, tile_mean, tile_m2):
-    """Counts, means and sums of squared deviations of two parts together (Chan, Golub & LeVeque 1979)."""
-    total = n + count
-    share = count / tl.maximum(total, 1)
-    delta = tile_mean - mean
-    return total, mean + delta * share, m2 + tile_m2 + delta * delta * n * share
+def _centred(v, high, low):
+    """v − mean: the part that rounding the mean loses is taken off too."""
+    return (v - high) - low
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
 
 
 @triton.jit
-def _tile_mean(v, valid, CENTER: tl.constexpr, COMPUTE: tl.constexpr):
-    count = tl.sum(valid.to(COMPUTE), 1)
-    return tl.sum(v, 1) / tl.maximum(count, 1) if CENTER else tl.zeros_like(count)
+def _two_sum(a, b):
+    """a + b, and what rounding it lost (Knuth)."""
+    high = a + b
+    part = high - a
+    return high, (a - (high - part)) + (b - part)
 
 
 @triton.jit
-def _tile_statistics(v, valid, pivot, CENTER: tl.constexpr, COMPUTE: tl.constexpr):
-    """Count, mean about the pivot and squared deviations, in two passes over a tile that lies in registers."""
-    count = tl.sum(valid.to(COMPUTE), 1)
-    d = tl.where(valid, v - pivot[:, None], 0.0)
-    mean = tl.sum(d, 1) / tl.maximum(count, 1) if CENTER else tl.zeros_like(count)
-    d = tl.where(valid, d - mean[:, None], 0.0)
-    return count, mean, tl.sum(d * d, 1)
+def _moments(n, pivot, plain, squares):
+    """Mean (high, low) and squared deviations from sums about a pivot."""
+    mean = plain / tl.maximum(n, 1)
+    m2 = squares - plain * mean
+    high, low = _two_sum(pivot, mean)
+    return high, low, tl.where(m2 < 0, 0.0, m2)  # not maximum, which loses NaN
+
+
+@triton.jit
+def _about(v, valid, pivot, EVEN: tl.constexpr, MASKED: tl.constexpr):
+    d = v - pivot[:, None]
+    return d if EVEN and not MASKED else tl.where(valid, d, 0.0)
+
+
+@triton.jit
+def _of_tile(
+    v, valid, count, CENTER: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """Count, mean (high, low) and squared deviations of a tile that lies in registers."""
+    n = tl.sum(valid.to(COMPUTE), 1) if MASKED else tl.zeros([BK], COMPUTE) + count
+    pivot, plain = tl.zeros([BK], COMPUTE), tl.zeros([BK], COMPUTE)
+    if CENTER:
+        pivot = tl.sum(v, 1) / tl.maximum(n, 1)
+    d = _about(v, valid, pivot, EVEN, MASKED)
+    if CENTER:
+        plain = tl.sum(d, 1)
+    high, low, m2 = _moments(n, pivot, plain, tl.sum(d * d, 1))
+    return n, high, low, m2
 
 
 @triton.jit
 def _statistics(
-    x, mask, o, k, first, last, A, K, B, R,
+    x, mask, o, k, first, last, A, K, B, R, magic, shift,
+    FORM: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr, ONE: tl.constexpr,
     CENTER: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Count, mean (float64) and squared deviations of the values from `first` up to `last`."""
-    r = first + tl.arange(0, BR)[None, :]
-    v, valid = _load(x, mask, _offsets(o, k[:, None], r, A, K, B), (k[:, None] < K) & (r < R), MASKED, COMPUTE)
-    pivot = _tile_mean(v, valid, CENTER, COMPUTE)
-    n = tl.zeros([BK], COMPUTE)
-    mean, m2 = tl.zeros([BK], COMPUTE), tl.zeros([BK], COMPUTE)
-    for start in range(first, last, BR):
-        r = start + tl.arange(0, BR)[None, :]
-        valid = (k[:, None] < K) & (r < R)
-        v, valid = _load(x, mask, _offsets(o, k[:, None], r, A, K, B), valid, MASKED, COMPUTE)
-        count, tile_mean, tile_m2 = _tile_statistics(v, valid, pivot, CENTER, COMPUTE)
-        n, mean, m2 = _merge(n, mean, m2, count, tile_mean, tile_m2)
-    return n, pivot.to(tl.float64) + mean.to(tl.float64), m2
-
-
-@triton.jit
-def _centred(v, mean):
-    """v − mean for a mean in float64, in v's own type: the part that rounding the mean loses is taken off too."""
-    high = mean.to(v.dtype)
-    low = (mean - high.to(tl.float64)).to(v.dtype)
-    return (v - high) - low
+    """Count, mean (high, low) and squared deviations of the values from `first` up to `last`; ONE: of a single tile."""
+    pivot = tl.zeros([BK], COMPUTE)
+    if ONE or CENTER:
+        r = first + tl.arange(0, BR)[None, :]
+        offsets, inside = _places(o, k[:, None], r, A, K, B, R, magic, shift, FORM, WIDE, V)
+        v, valid = _load(x, mask, offsets, inside, EVEN, MASKED, COMPUTE)
+    if ONE:
+        n, high, low, m2 = _of_tile(v, valid, R, CENTER, EVEN, MASKED, COMPUTE, BK)
+    else:
+        if CENTER:
+            n = tl.sum(valid.to(COMPUTE), 1) if MASKED else tl.zeros([BK], COMPUTE) + tl.minimum(R - first, BR)
+            pivot = tl.sum(v, 1) / tl.maximum(n, 1)
+        plain, squares = tl.zeros([BK, BR], COMPUTE), tl.zeros([BK, BR], COMPUTE)
+        seen = tl.zeros([BK, BR], COMPUTE)
+        for start in range(first, last, BR):
+            r = start + tl.arange(0, BR)[None, :]
+            offsets, inside = _places(o, k[:, None], r, A, K, B, R, magic, shift, FORM, WIDE, V)
+            v, valid = _load(x, mask, offsets, inside, EVEN, MASKED, COMPUTE)
+            d = _about(v, valid, pivot, EVEN, MASKED)
+            if CENTER:
+                plain += d
+            squares += d * d
+            if MASKED:
+                seen += valid.to(COMPUTE)
+        n = tl.sum(seen, 1) if MASKED else tl.zeros([BK], COMPUTE) + (last - first)
+        high, low, m2 = _moments(n, pivot, tl.sum(plain, 1), tl.sum(squares, 1))
+    return n, high, low, m2
 
 
 @triton.jit
 def partials(
-    x, mask, parts, A, K, B, R, chunk, Q,
+    x, mask, parts, A, K, B, R, magic: tl.uint32, shift, chunk, Q,
+    FORM: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr, ONE: tl.constexpr,
     CENTER: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Count, mean and squared deviations of a share of every statistic; `parts` is (3, splits, Q)."""
+    """Count, mean (high, low) and squared deviations of a share of every statistic; `parts` is (4, splits, Q)."""
     o, k = _at(tl.program_id(0), K, BK)
     split, splits = tl.program_id(1), tl.num_programs(1)
     first = split * chunk
-    n, mean, m2 = _statistics(
-        x, mask, o, k, first, tl.minimum(first + chunk, R), A, K, B, R, CENTER, MASKED, COMPUTE, BK, BR
-    )
+    n, high, low, m2 = _statistics(
+        x, mask, o, k, first, tl.minimum(first + chunk, R), A, K, B, R, magic, shift, FORM, WIDE, V, EVEN, ONE,
+        CENTER, MASKED, COMPUTE, BK, BR,
+    )  # fmt: skip
     at = tl.cast(split, tl.int64) * Q + o * K + k
     size = tl.cast(splits, tl.int64) * Q
     tl.store(parts + at, n, mask=k < K)
-    tl.store(parts + size + at, mean, mask=k < K)
-    tl.store(parts + 2 * size + at, m2, mask=k < K)
+    tl.store(parts + size + at, high, mask=k < K)
+    tl.store(parts + 2 * size + at, low, mask=k < K)
+    tl.store(parts + 3 * size + at, m2, mask=k < K)
 
 
 @triton.jit
-def _normalized_tile(
-    v, valid, offsets, o, k, r, mean, rstd, weight, bias, residual, K, B, G, P, S,
-    W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BY_R: tl.constexpr, ACT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):  # fmt: skip
-    z = _centred(v, mean[:, None]) * rstd[:, None]
-    p = _parameter(o, k[:, None], r, K, B, G, P, S, BY_R)
-    if W:
-        z = z * tl.load(weight + p, mask=valid, other=0.0)
-    if BIAS:
-        z = z + tl.load(bias + p, mask=valid, other=0.0)
-    if RESIDUAL:
-        z = z + tl.load(residual + offsets, mask=valid, other=0.0).to(COMPUTE)
-    z = _activate(z, ACT)
-    return tl.where(valid, z, 0.0)
+def _together(parts, q, inside, splits, Q, SPLITS: tl.constexpr):
+    """The parts of statistics q as one (Chan, Golub & LeVeque 1979): count, mean (high, low), squared deviations."""
+    s = tl.arange(0, SPLITS)[:, None]
+    at = s.to(tl.int64) * Q + q[None, :]
+    here = (s < splits) & inside[None, :]
+    size = tl.cast(splits, tl.int64) * Q
+    count = tl.load(parts + at, mask=here, other=0.0)
+    high = tl.load(parts + size + at, mask=here, other=0.0)
+    low = tl.load(parts + 2 * size + at, mask=here, other=0.0)
+    m2 = tl.load(parts + 3 * size + at, mask=here, other=0.0)
+    pivot = tl.load(parts + size + q, mask=inside, other=0.0)
+    n = tl.sum(count, 0)
+    d = tl.where(here, (high - pivot[None, :]) + low, 0.0)
+    mean = tl.sum(count * d, 0) / tl.maximum(n, 1)
+    from_mean = d - mean[None, :]
+    m2 = tl.sum(m2 + count * from_mean * from_mean, 0)
+    high, low = _two_sum(pivot, mean)
+    return n, high, low, m2
 
 
 @triton.jit
-def _store(
-    y, bits, z, offsets, inside, o, k, start, K, R,
-    BITS: tl.constexpr, ACROSS: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """Write a tile, and with BITS whether each element is above 0; `start` is a multiple of 8, or the tile the only."""
-    z = z.to(y.dtype.element_ty)
-    tl.store(y + offsets, z, mask=inside)
-    if BITS:
-        WIDE: tl.constexpr = tl.constexpr(8) if BR > 8 else BR
-        signs = tl.reshape((z > 0).to(tl.int32), [BK, BR // WIDE, WIDE])
-        packed = tl.sum(signs << tl.arange(0, WIDE)[None, None, :], 2).to(tl.uint8)
-        r = start + tl.arange(0, BR // WIDE)[None, :] * WIDE
-        tl.store(bits + _byte(o, k[:, None], r, K, R, ACROSS), packed, mask=(k[:, None] < K) & (r < R))
-
-
-@triton.jit
-def _apply_loop(
-    x, mask, y, bits, weight, bias, residual, o, k, mean, rstd, first, last, A, K, B, R, G, P, S,
-    W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BITS: tl.constexpr, ACROSS: tl.constexpr,
-    BY_R: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
-    BK: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    # from the end: what was read last is still in the cache
-    for back in range(0, last - first, BR):
-        start = first + (last - first - 1) // BR * BR - back
-        r = start + tl.arange(0, BR)[None, :]
-        inside = (k[:, None] < K) & (r < R)
-        offsets = _offsets(o, k[:, None], r, A, K, B)
-        v, valid = _load(x, mask, offsets, inside, MASKED, COMPUTE)
-        z = _normalized_tile(
-            v, valid, offsets, o, k, r, mean, rstd, weight, bias, residual, K, B, G, P, S,
-            W, BIAS, RESIDUAL, BY_R, ACT, COMPUTE,
-        )  # fmt: skip
-        _store(y, bits, z, offsets, inside, o, k, start, K, R, BITS, ACROSS, BK, BR)
+def _rstd(m2, n, eps: tl.constexpr):
+    return tl.rsqrt(m2 / tl.maximum(n, 1) + eps)
 
 
 @triton.jit
 def _keep(
-    statistics, running_mean, running_var, o, k, n, mean, m2, K, Q, new_weight,
+    statistics, running_mean, running_var, q, k, inside, n, high, low, m2, Q, new_weight,
     CENTER: tl.constexpr, MOVES: tl.constexpr,
 ):  # fmt: skip
     """Write mean, biased variance and count for the backward pass, and move the running statistics."""
-    at = o * K + k
-    var = m2 / tl.maximum(n, 1)
-    tl.store(statistics + at, mean, mask=k < K)
-    tl.store(statistics + Q + at, var, mask=k < K)
-    tl.store(statistics + 2 * Q + at, n, mask=k < K)
+    mean, var = high.to(tl.float64) + low.to(tl.float64), m2 / tl.maximum(n, 1)
+    tl.store(statistics + q, mean, mask=inside)
+    tl.store(statistics + Q + q, var, mask=inside)
+    tl.store(statistics + 2 * Q + q, n, mask=inside)
     if MOVES:
-        seen = (k < K) & (n > 0)
+        seen = inside & (n > 0)
         if CENTER:
             old = tl.load(running_mean + k, mask=seen, other=0.0)
             tl.store(running_mean + k, (1 - new_weight) * old + new_weight * mean, mask=seen)
@@ -254,215 +312,436 @@ def _keep(
 
 
 @triton.jit
+def _given(statistics, at, inside, Q, eps: tl.constexpr, COMPUTE: tl.constexpr):
+    """Mean (high, low) and 1/√(variance + eps) of statistics."""
+    mean = tl.load(statistics + at, mask=inside, other=0.0)
+    var = tl.load(statistics + Q + at, mask=inside, other=1.0).to(COMPUTE)
+    high = mean.to(COMPUTE)
+    return high, (mean - high.to(tl.float64)).to(COMPUTE), tl.rsqrt(var + eps)
+
+
+# -------------------------------------------------------------------------------------------------------------- result
+
+
+@triton.jit
+def _of_rows(
+    weight, bias, k, K, G, P, W: tl.constexpr, BIAS: tl.constexpr, COMPUTE: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """Weight and bias of the rows of a tile, P of which share a statistic."""
+    p = k // P % G * P + k % P
+    w = tl.load(weight + p, mask=k < K, other=0.0) if W else tl.full([BK], 1.0, COMPUTE)
+    c = tl.load(bias + p, mask=k < K, other=0.0) if BIAS else tl.zeros([BK], COMPUTE)
+    return w, c
+
+
+@triton.jit
+def _result(
+    v, valid, offsets, inside, o, k, r, high, low, rstd, w, c, weight, bias, residual, K, R, G,
+    PER: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+    EVEN: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """PER: a weight and bias for every "row" of the tile, or for every "r" of G rows."""
+    z = _centred(v, high[:, None], low[:, None])
+    if PER == "row":
+        z = z * (rstd * w)[:, None] + c[:, None]
+    else:
+        p = (o * K + k[:, None]) % G * R + r
+        z = z * rstd[:, None]
+        if W:
+            z = z * tl.load(weight + p, mask=inside, other=0.0)
+        if BIAS:
+            z = z + tl.load(bias + p, mask=inside, other=0.0)
+    if RESIDUAL:
+        z = z + _read(residual, offsets, inside, EVEN, COMPUTE)
+    if MASKED and ACT != "none":  # no exp of what does not count
+        z = tl.where(valid, z, 0.0)
+    z = _activate(z, ACT)
+    return tl.where(valid, z, 0.0) if MASKED else z
+
+
+@triton.jit
+def _store(
+    y, bits, z, offsets, inside, o, k, start, K, R,
+    BITS: tl.constexpr, ACROSS: tl.constexpr, EVEN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Write a tile, and with BITS whether each element is above 0; `start` is a multiple of 8, or the tile the only."""
+    z = z.to(y.dtype.element_ty)
+    if EVEN:
+        tl.store(y + offsets, z)
+    else:
+        tl.store(y + offsets, z, mask=inside)
+    if BITS:
+        EIGHT: tl.constexpr = tl.constexpr(8) if BR > 8 else BR
+        signs = tl.reshape((z > 0).to(tl.int32), [BK, BR // EIGHT, EIGHT])
+        if not EVEN:  # of values that there are not
+            signs = tl.where(tl.reshape(inside, [BK, BR // EIGHT, EIGHT]), signs, 0)
+        packed = tl.sum(signs << tl.arange(0, EIGHT)[None, None, :], 2).to(tl.uint8)
+        r = start + tl.arange(0, BR // EIGHT)[None, :] * EIGHT
+        tl.store(bits + _byte(o, k[:, None], r, K, R, ACROSS), packed, mask=(k[:, None] < K) & (r < R))
+
+
+@triton.jit
+def _apply_loop(
+    x, mask, y, bits, weight, bias, residual, o, k, high, low, rstd, w, c, first, last,
+    A, K, B, R, magic, shift, G,
+    FORM: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr, PER: tl.constexpr,
+    W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BITS: tl.constexpr, ACROSS: tl.constexpr,
+    ACT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    # from the end: what was read last is still in the cache
+    for back in range(0, last - first, BR):
+        start = first + (last - first - 1) // BR * BR - back
+        r = start + tl.arange(0, BR)[None, :]
+        offsets, inside = _places(o, k[:, None], r, A, K, B, R, magic, shift, FORM, WIDE, V)
+        v, valid = _load(x, mask, offsets, inside, EVEN, MASKED, COMPUTE)
+        z = _result(
+            v, valid, offsets, inside, o, k, r, high, low, rstd, w, c, weight, bias, residual, K, R, G,
+            PER, W, BIAS, RESIDUAL, ACT, EVEN, MASKED, COMPUTE,
+        )  # fmt: skip
+        _store(y, bits, z, offsets, inside, o, k, start, K, R, BITS, ACROSS, EVEN, BK, BR)
+
+
+@triton.jit
 def forward(
     x, mask, y, bits, weight, bias, residual, statistics, running_mean, running_var,
-    A, K, B, R, G, P, S, Q, eps: tl.constexpr, new_weight: tl.float64,
+    A, K, B, R, magic: tl.uint32, shift, G, Q, eps: tl.constexpr, new_weight: tl.float64,
+    FORM: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr, PER: tl.constexpr,
     CENTER: tl.constexpr, MOVES: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    BITS: tl.constexpr, ACROSS: tl.constexpr, BY_R: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
+    BITS: tl.constexpr, ACROSS: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
     COMPUTE: tl.constexpr, ONE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Statistics and result in one launch: a program has its statistics to itself; ONE: and reads them at once."""
     o, k = _at(tl.program_id(0), K, BK)
+    w, c = k, k
+    if PER == "row":
+        w, c = _of_rows(weight, bias, k, K, G, 1, W, BIAS, COMPUTE, BK)
     if ONE:
         r = tl.arange(0, BR)[None, :]
-        inside = (k[:, None] < K) & (r < R)
-        offsets = _offsets(o, k[:, None], r, A, K, B)
-        v, valid = _load(x, mask, offsets, inside, MASKED, COMPUTE)
-        pivot = _tile_mean(v, valid, CENTER, COMPUTE)
-        n, mean, m2 = _tile_statistics(v, valid, pivot, CENTER, COMPUTE)
-        mean = pivot.to(tl.float64) + mean.to(tl.float64)
-        rstd = 1 / tl.sqrt(m2 / tl.maximum(n, 1) + eps)
-        z = _normalized_tile(
-            v, valid, offsets, o, k, r, mean, rstd, weight, bias, residual, K, B, G, P, S,
-            W, BIAS, RESIDUAL, BY_R, ACT, COMPUTE,
+        offsets, inside = _places(o, k[:, None], r, A, K, B, R, magic, shift, FORM, WIDE, V)
+        v, valid = _load(x, mask, offsets, inside, EVEN, MASKED, COMPUTE)
+        n, high, low, m2 = _of_tile(v, valid, R, CENTER, EVEN, MASKED, COMPUTE, BK)
+        z = _result(
+            v, valid, offsets, inside, o, k, r, high, low, _rstd(m2, n, eps), w, c, weight, bias, residual,
+            K, R, G, PER, W, BIAS, RESIDUAL, ACT, EVEN, MASKED, COMPUTE,
         )  # fmt: skip
-        _store(y, bits, z, offsets, inside, o, k, 0, K, R, BITS, ACROSS, BK, BR)
+        _store(y, bits, z, offsets, inside, o, k, 0, K, R, BITS, ACROSS, EVEN, BK, BR)
     else:
-        n, mean, m2 = _statistics(x, mask, o, k, 0, R, A, K, B, R, CENTER, MASKED, COMPUTE, BK, BR)
-        rstd = 1 / tl.sqrt(m2 / tl.maximum(n, 1) + eps)
+        n, high, low, m2 = _statistics(
+            x, mask, o, k, 0, R, A, K, B, R, magic, shift, FORM, WIDE, V, EVEN, False, CENTER, MASKED, COMPUTE, BK, BR
+        )
         _apply_loop(
-            x, mask, y, bits, weight, bias, residual, o, k, mean, rstd, 0, R, A, K, B, R, G, P, S,
-            W, BIAS, RESIDUAL, BITS, ACROSS, BY_R, ACT, MASKED, COMPUTE, BK, BR,
+            x, mask, y, bits, weight, bias, residual, o, k, high, low, _rstd(m2, n, eps), w, c, 0, R,
+            A, K, B, R, magic, shift, G, FORM, WIDE, V, EVEN, PER,
+            W, BIAS, RESIDUAL, BITS, ACROSS, ACT, MASKED, COMPUTE, BK, BR,
         )  # fmt: skip
-    _keep(statistics, running_mean, running_var, o, k, n, mean, m2, K, Q, new_weight, CENTER, MOVES)
+    _keep(statistics, running_mean, running_var, o * K + k, k, k < K, n, high, low, m2, Q, new_weight, CENTER, MOVES)
 
 
 @triton.jit
 def apply(
     x, mask, y, bits, weight, bias, residual, parts, statistics, running_mean, running_var,
-    A, K, B, R, G, P, S, Q, stored, splits, chunk, eps: tl.constexpr, new_weight: tl.float64,
-    GIVEN: tl.constexpr, CENTER: tl.constexpr, MOVES: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, BITS: tl.constexpr, ACROSS: tl.constexpr, BY_R: tl.constexpr, ACT: tl.constexpr,
+    A, K, B, R, magic: tl.uint32, shift, rows, G, Q, parted, chunk, eps: tl.constexpr,
+    new_weight: tl.float64,
+    FORM: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr, PER: tl.constexpr,
+    SPLITS: tl.constexpr, CENTER: tl.constexpr, MOVES: tl.constexpr, W: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BITS: tl.constexpr, ACROSS: tl.constexpr, ACT: tl.constexpr,
     MASKED: tl.constexpr, COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """The result from parts of statistics, or from statistics that are given (of which there are `stored`)."""
+    """The result from `parted` parts of statistics; or, with 0 SPLITS, from statistics of each kept place, given.
+
+    `rows` rows share a statistic.
+    """
     o, k = _at(tl.program_id(0), K, BK)
     split = tl.program_id(1)
-    if GIVEN:
-        at = (o * K + k) % stored
-        mean = tl.load(statistics + at, mask=k < K, other=0.0)
-        rstd = (1 / tl.sqrt(tl.load(statistics + stored + at, mask=k < K, other=1.0) + eps)).to(COMPUTE)
+    q = o * (K // rows) + k // rows
+    if SPLITS == 0:
+        high, low, rstd = _given(statistics, k // rows, k < K, K // rows, eps, COMPUTE)
     else:
-        n = tl.zeros([BK], tl.float64)
-        mean, m2 = tl.zeros([BK], tl.float64), tl.zeros([BK], tl.float64)
-        size = tl.cast(splits, tl.int64) * Q
-        for s in range(splits):
-            at = s * Q + o * K + k
-            count = tl.load(parts + at, mask=k < K, other=0.0)
-            part_mean = tl.load(parts + size + at, mask=k < K, other=0.0)
-            part_m2 = tl.load(parts + 2 * size + at, mask=k < K, other=0.0)
-            n, mean, m2 = _merge(n, mean, m2, count, part_mean, part_m2)
-        rstd = (1 / tl.sqrt(m2 / tl.maximum(n, 1) + eps)).to(COMPUTE)
+        n, high, low, m2 = _together(parts, q, k < K, parted, Q, SPLITS)
+        rstd = _rstd(m2, n, eps)
         if split == 0:
-            _keep(statistics, running_mean, running_var, o, k, n, mean, m2, K, Q, new_weight, CENTER, MOVES)
+            once = (k < K) & (k % rows == 0)
+            _keep(
+                statistics, running_mean, running_var, q, k // rows, once, n, high, low, m2, Q, new_weight, CENTER, MOVES
+            )
+    w, c = k, k
+    if PER == "row":
+        w, c = _of_rows(weight, bias, k, K, G, rows, W, BIAS, COMPUTE, BK)
     first = split * chunk
     _apply_loop(
-        x, mask, y, bits, weight, bias, residual, o, k, mean, rstd, first, tl.minimum(first + chunk, R),
-        A, K, B, R, G, P, S, W, BIAS, RESIDUAL, BITS, ACROSS, BY_R, ACT, MASKED, COMPUTE, BK, BR,
+        x, mask, y, bits, weight, bias, residual, o, k, high, low, rstd, w, c, first, tl.minimum(first + chunk, R),
+        A, K, B, R, magic, shift, G, FORM, WIDE, V, EVEN, PER,
+        W, BIAS, RESIDUAL, BITS, ACROSS, ACT, MASKED, COMPUTE, BK, BR,
     )  # fmt: skip
 
 
+# ------------------------------------------------------------------------------------------------------------ backward
+
+
 @triton.jit
-def _gradient_tile(
-    x, mask, dy, extra, weight, bias, offsets, inside, o, k, r, K, R, p, mean, rstd,
-    W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr, ACROSS: tl.constexpr, ACT: tl.constexpr,
-    MASKED: tl.constexpr, COMPUTE: tl.constexpr,
+def _gradients(
+    x, mask, dy, extra, offsets, inside, o, k, r, high, low, rstd, w, c, K, R,
+    PER: tl.constexpr, EVEN: tl.constexpr, EXTRA: tl.constexpr, ACROSS: tl.constexpr,
+    ACT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """x̂, the gradient behind the activation, and the weight, of a tile; EXTRA: "bits" or "residual" was kept."""
-    v, valid = _load(x, mask, offsets, inside, MASKED, COMPUTE)
-    g = tl.load(dy + offsets, mask=valid, other=0.0).to(COMPUTE)
-    normal = tl.where(valid, _centred(v, mean) * rstd, 0.0)
-    w = tl.load(weight + p, mask=valid, other=0.0) if W else tl.full(normal.shape, 1.0, COMPUTE)
+    """x − mean, the gradient behind the activation (0 where no value counts), and where values count.
+
+    EXTRA: "bits" or "residual" was kept.
+    """
+    v, valid = _load(x, mask, offsets, inside, EVEN, MASKED, COMPUTE)
+    centred = _centred(v, high, low)
+    g = _read(dy, offsets, valid, EVEN and not MASKED, COMPUTE)
     if ACT != "none":
         if EXTRA == "bits":
             z = tl.load(extra + _byte(o, k, r, K, R, ACROSS), mask=valid, other=0).to(tl.int32) >> r % 8 & 1
         else:
-            z = normal * w
-            if BIAS:
-                z = z + tl.load(bias + p, mask=valid, other=0.0)
+            # as the forward pass did it, so that both round alike
+            z = centred * (rstd * w) + c if PER == "row" else centred * rstd * w + c
             if EXTRA == "residual":
-                z = z + tl.load(extra + offsets, mask=valid, other=0.0).to(COMPUTE)
-        g = tl.where(valid, g * _slope(z, ACT, COMPUTE), 0.0)
-    return normal, g, w, valid
+                z = z + _read(extra, offsets, valid, EVEN and not MASKED, COMPUTE)
+            if MASKED:
+                z = tl.where(valid, z, 0.0)
+        g = _back(g, z, ACT, COMPUTE)
+    return centred, g, valid
 
 
 @triton.jit
-def _given(
-    statistics, at, inside, Q, eps: tl.constexpr, MASKED: tl.constexpr, COUNTED: tl.constexpr, COMPUTE: tl.constexpr, R
-):
-    """Mean (float64), 1/√(variance + eps) and one over the count of statistics."""
-    mean = tl.load(statistics + at, mask=inside, other=0.0)
-    rstd = (1 / tl.sqrt(tl.load(statistics + Q + at, mask=inside, other=1.0) + eps)).to(COMPUTE)
-    if MASKED and COUNTED:
-        share = (1 / tl.maximum(tl.load(statistics + 2 * Q + at, mask=inside, other=1.0), 1)).to(COMPUTE)
+def _sums(
+    x, mask, dy, extra, o, k, high, low, rstd, w, c, first, last, A, K, B, R, magic, shift,
+    FORM: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr, EXTRA: tl.constexpr,
+    ACROSS: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
+    BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Σ g and Σ g·x̂ of the values from `first` up to `last` of every row."""
+    plain, scaled = tl.zeros([BK, BR], COMPUTE), tl.zeros([BK, BR], COMPUTE)
+    for start in range(first, last, BR):
+        r = start + tl.arange(0, BR)[None, :]
+        offsets, inside = _places(o, k[:, None], r, A, K, B, R, magic, shift, FORM, WIDE, V)
+        centred, g, _valid = _gradients(
+            x, mask, dy, extra, offsets, inside, o, k[:, None], r, high[:, None], low[:, None], rstd[:, None],
+            w[:, None], c[:, None], K, R, "row", EVEN, EXTRA, ACROSS, ACT, MASKED, COMPUTE,
+        )  # fmt: skip
+        plain += g
+        scaled += g * centred
+    return tl.sum(plain, 1), tl.sum(scaled, 1) * rstd
+
+
+@triton.jit
+def _of_mean(
+    plain, scaled, rstd, statistics, q, inside, Q, count, CENTER: tl.constexpr, MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """What dx = rstd·w·g − plain − scaled·(x − mean) takes off, from Σ w·g and Σ w·g·x̂ of a statistic."""
+    if MASKED:
+        n = tl.maximum(tl.load(statistics + 2 * Q + q, mask=inside, other=1.0), 1).to(COMPUTE)
     else:
-        share = (rstd * 0 + 1) / R  # in their type: 1.0 / R alone would be float32
-    return mean, rstd, share
+        n = (rstd * 0 + 1) * count  # in their type
+    return (plain * rstd / n if CENTER else plain * 0), scaled * rstd * rstd / n
 
 
 @triton.jit
-def backward_partials(
-    x, mask, dy, extra, weight, bias, statistics, sums, A, K, B, R, G, P, stored, chunk, Q, eps: tl.constexpr,
-    W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr, ACROSS: tl.constexpr, ACT: tl.constexpr,
-    MASKED: tl.constexpr, COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+def _dx_tile(
+    dx, dresidual, centred, g, offsets, inside, valid, scale, plain, scaled,
+    BATCH: tl.constexpr, CENTER: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr, DRESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Σ g and Σ g·x̂ over a share of the values that have one parameter in one statistic; `sums` is (2, splits, Q).
-
-    The nest is that of the parameters: K counts (kept place, place within P) and B what has the same parameter.
-    """
-    o, k = _at(tl.program_id(0), K, BK)
-    split, splits = tl.program_id(1), tl.num_programs(1)
-    within = K // P
-    mean, rstd, _share = _given(
-        statistics, (o * within + k // P) % stored, k < K, stored, eps, False, False, COMPUTE, R
-    )  # fmt: skip
-    p = (k // P % G * P + k % P)[:, None] + tl.zeros([1, BR], tl.int32)
-    plain, scaled = tl.zeros([BK], COMPUTE), tl.zeros([BK], COMPUTE)
-    for start in range(split * chunk, tl.minimum(split * chunk + chunk, R), BR):
-        r = start + tl.arange(0, BR)[None, :]
-        offsets = _offsets(o, k[:, None], r, A, K, B)
-        inside = (k[:, None] < K) & (r < R)
-        whole_r = r // B * (B * P) + k[:, None] % P * B + r % B  # of the statistic, of which P parts are told apart
-        normal, g, _w, _valid = _gradient_tile(
-            x, mask, dy, extra, weight, bias, offsets, inside, o, k[:, None] // P, whole_r, within, R * P, p,
-            mean[:, None], rstd[:, None], W, BIAS, EXTRA, ACROSS, ACT, MASKED, COMPUTE,
-        )  # fmt: skip
-        plain += tl.sum(g, 1)
-        scaled += tl.sum(g * normal, 1)
-    at = tl.cast(split, tl.int64) * Q + o * K + k
-    tl.store(sums + at, plain, mask=k < K)
-    tl.store(sums + tl.cast(splits, tl.int64) * Q + at, scaled, mask=k < K)
-
-
-@triton.jit
-def backward_apply(
-    x, mask, dy, extra, weight, bias, statistics, sums, dx, dresidual,
-    A, K, B, R, G, P, S, Q, stored, splits, chunk, eps: tl.constexpr,
-    BATCH: tl.constexpr, CENTER: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr,
-    ACROSS: tl.constexpr, DRESIDUAL: tl.constexpr, BY_R: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
-    COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """dx = rstd·(w·g − mean(w·g) − x̂·mean(w·g·x̂)), and the residual's gradient g; `sums` is (2, splits, Q·P)."""
-    o, k = _at(tl.program_id(0), K, BK)
-    split = tl.program_id(1)
-    mean, rstd, share = _given(statistics, (o * K + k) % stored, k < K, stored, eps, MASKED, BATCH, COMPUTE, R)
-    plain, scaled = tl.zeros([BK], COMPUTE), tl.zeros([BK], COMPUTE)
+    d = g * scale
     if BATCH:
-        wide = tl.cast(Q, tl.int64) * P
-        for i in range(splits * P):
-            at = i // P * wide + (o * K + k) * P + i % P
-            w = tl.load(weight + (k % G) * P + i % P, mask=k < K, other=0.0) if W else tl.full([BK], 1.0, COMPUTE)
-            plain += w * tl.load(sums + at, mask=k < K, other=0.0)
-            scaled += w * tl.load(sums + splits * wide + at, mask=k < K, other=0.0)
-        plain, scaled = plain * share, scaled * share
-    if not CENTER:
-        plain = plain * 0
-    first = split * chunk
-    last = tl.minimum(first + chunk, R)
-    for back in range(0, last - first, BR):
-        start = first + (last - first - 1) // BR * BR - back
-        r = start + tl.arange(0, BR)[None, :]
-        inside = (k[:, None] < K) & (r < R)
-        offsets = _offsets(o, k[:, None], r, A, K, B)
-        p = _parameter(o, k[:, None], r, K, B, G, P, S, BY_R)
-        normal, g, w, valid = _gradient_tile(
-            x, mask, dy, extra, weight, bias, offsets, inside, o, k[:, None], r, K, R, p,
-            mean[:, None], rstd[:, None], W, BIAS, EXTRA, ACROSS, ACT, MASKED, COMPUTE,
-        )  # fmt: skip
-        d = rstd[:, None] * (w * g - plain[:, None] - normal * scaled[:, None])
-        tl.store(dx + offsets, tl.where(valid, d, 0.0).to(dx.dtype.element_ty), mask=inside)
+        d -= centred * scaled
+        if CENTER:
+            d -= plain
+    if MASKED:
+        d = tl.where(valid, d, 0.0)
+        g = tl.where(valid, g, 0.0)
+    if EVEN:
+        tl.store(dx + offsets, d.to(dx.dtype.element_ty))
+        if DRESIDUAL:
+            tl.store(dresidual + offsets, g.to(dresidual.dtype.element_ty))
+    else:
+        tl.store(dx + offsets, d.to(dx.dtype.element_ty), mask=inside)
         if DRESIDUAL:
             tl.store(dresidual + offsets, g.to(dresidual.dtype.element_ty), mask=inside)
 
 
 @triton.jit
+def _dx(
+    x, mask, dy, extra, dx, dresidual, o, k, high, low, rstd, w, c, plain, scaled, first, last,
+    A, K, B, R, magic, shift,
+    FORM: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr, BATCH: tl.constexpr,
+    CENTER: tl.constexpr, EXTRA: tl.constexpr, ACROSS: tl.constexpr, DRESIDUAL: tl.constexpr, ACT: tl.constexpr,
+    MASKED: tl.constexpr, COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    scale = rstd * w
+    for back in range(0, last - first, BR):
+        start = first + (last - first - 1) // BR * BR - back
+        r = start + tl.arange(0, BR)[None, :]
+        offsets, inside = _places(o, k[:, None], r, A, K, B, R, magic, shift, FORM, WIDE, V)
+        centred, g, valid = _gradients(
+            x, mask, dy, extra, offsets, inside, o, k[:, None], r, high[:, None], low[:, None], rstd[:, None],
+            w[:, None], c[:, None], K, R, "row", EVEN, EXTRA, ACROSS, ACT, MASKED, COMPUTE,
+        )  # fmt: skip
+        _dx_tile(
+            dx, dresidual, centred, g, offsets, inside, valid, scale[:, None], plain[:, None], scaled[:, None],
+            BATCH, CENTER, EVEN, MASKED, DRESIDUAL,
+        )  # fmt: skip
+
+
+@triton.jit
+def backward(
+    x, mask, dy, extra, weight, bias, statistics, sums, dx, dresidual,
+    A, K, B, R, magic: tl.uint32, shift, G, Q, eps: tl.constexpr,
+    FORM: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr, ONE: tl.constexpr,
+    BATCH: tl.constexpr, CENTER: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr,
+    ACROSS: tl.constexpr, DRESIDUAL: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """All gradients in one launch, where a program has its statistics, of one parameter each, to itself.
+
+    ONE: and reads them at once. `sums` is (2, Q).
+    """
+    o, k = _at(tl.program_id(0), K, BK)
+    q = o * K + k
+    high, low, rstd = _given(statistics, q if BATCH else k, k < K, Q if BATCH else K, eps, COMPUTE)
+    w, c = _of_rows(weight, bias, k, K, G, 1, W, BIAS, COMPUTE, BK)
+    if ONE:
+        r = tl.arange(0, BR)[None, :]
+        offsets, inside = _places(o, k[:, None], r, A, K, B, R, magic, shift, FORM, WIDE, V)
+        centred, g, valid = _gradients(
+            x, mask, dy, extra, offsets, inside, o, k[:, None], r, high[:, None], low[:, None], rstd[:, None],
+            w[:, None], c[:, None], K, R, "row", EVEN, EXTRA, ACROSS, ACT, MASKED, COMPUTE,
+        )  # fmt: skip
+        plain, scaled = tl.sum(g, 1), tl.sum(g * centred, 1) * rstd
+    else:
+        plain, scaled = _sums(
+            x, mask, dy, extra, o, k, high, low, rstd, w, c, 0, R, A, K, B, R, magic, shift,
+            FORM, WIDE, V, EVEN, EXTRA, ACROSS, ACT, MASKED, COMPUTE, BK, BR,
+        )  # fmt: skip
+    tl.store(sums + q, plain, mask=k < K)
+    tl.store(sums + Q + q, scaled, mask=k < K)
+    if BATCH:
+        plain, scaled = _of_mean(w * plain, w * scaled, rstd, statistics, q, k < K, Q, R, CENTER, MASKED, COMPUTE)
+    if ONE:
+        _dx_tile(
+            dx, dresidual, centred, g, offsets, inside, valid, (rstd * w)[:, None], plain[:, None], scaled[:, None],
+            BATCH, CENTER, EVEN, MASKED, DRESIDUAL,
+        )  # fmt: skip
+    else:
+        _dx(
+            x, mask, dy, extra, dx, dresidual, o, k, high, low, rstd, w, c, plain, scaled, 0, R,
+            A, K, B, R, magic, shift,
+            FORM, WIDE, V, EVEN, BATCH, CENTER, EXTRA, ACROSS, DRESIDUAL, ACT, MASKED, COMPUTE, BK, BR,
+        )  # fmt: skip
+
+
+@triton.jit
+def backward_partials(
+    x, mask, dy, extra, weight, bias, statistics, sums, A, K, B, R, magic: tl.uint32, shift, rows, G, chunk, Q,
+    eps: tl.constexpr,
+    FORM: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr, BATCH: tl.constexpr,
+    W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr, ACROSS: tl.constexpr, ACT: tl.constexpr,
+    MASKED: tl.constexpr, COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Σ g and Σ g·x̂ over a share of the values of every row; `sums` is (2, splits, Q·rows), statistics are Q."""
+    o, k = _at(tl.program_id(0), K, BK)
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    q = o * (K // rows) + k // rows if BATCH else k // rows
+    high, low, rstd = _given(statistics, q, k < K, Q if BATCH else K // rows, eps, COMPUTE)
+    w, c = _of_rows(weight, bias, k, K, G, rows, W, BIAS, COMPUTE, BK)
+    first = split * chunk
+    plain, scaled = _sums(
+        x, mask, dy, extra, o, k, high, low, rstd, w, c, first, tl.minimum(first + chunk, R),
+        A, K, B, R, magic, shift, FORM, WIDE, V, EVEN, EXTRA, ACROSS, ACT, MASKED, COMPUTE, BK, BR,
+    )  # fmt: skip
+    size = tl.cast(Q, tl.int64) * rows
+    tl.store(sums + split * size + o * K + k, plain, mask=k < K)
+    tl.store(sums + (splits + split) * size + o * K + k, scaled, mask=k < K)
+
+
+@triton.jit
+def backward_apply(
+    x, mask, dy, extra, weight, bias, statistics, sums, dx, dresidual,
+    A, K, B, R, magic: tl.uint32, shift, rows, G, parted, chunk, Q, count, eps: tl.constexpr,
+    FORM: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr, SUMS: tl.constexpr,
+    BATCH: tl.constexpr, CENTER: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr,
+    ACROSS: tl.constexpr, DRESIDUAL: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """dx = rstd·(w·g − mean(w·g) − x̂·mean(w·g·x̂)), and the residual's gradient g.
+
+    `sums` is (2, parted, Q·rows); SUMS of the parted·rows sums of a statistic are read at a time.
+    """
+    o, k = _at(tl.program_id(0), K, BK)
+    split = tl.program_id(1)
+    q = o * (K // rows) + k // rows
+    if BATCH:
+        high, low, rstd = _given(statistics, q, k < K, Q, eps, COMPUTE)
+    else:
+        high, low, rstd = _given(statistics, k // rows, k < K, K // rows, eps, COMPUTE)
+    w, c = _of_rows(weight, bias, k, K, G, rows, W, BIAS, COMPUTE, BK)
+    plain, scaled = tl.zeros([BK], COMPUTE), tl.zeros([BK], COMPUTE)
+    if BATCH:
+        size = tl.cast(Q, tl.int64) * rows
+        for first in range(0, parted * rows, SUMS):
+            i = first + tl.arange(0, SUMS)[:, None]
+            here = (i < parted * rows) & (k[None, :] < K)
+            at = (i // rows) * size + (q * rows)[None, :] + i % rows
+            of_plain = tl.load(sums + at, mask=here, other=0.0)
+            of_scaled = tl.load(sums + parted * size + at, mask=here, other=0.0)
+            if W:
+                each = tl.load(weight + (k // rows % G * rows)[None, :] + i % rows, mask=here, other=0.0)
+                of_plain, of_scaled = of_plain * each, of_scaled * each
+            plain += tl.sum(of_plain, 0)
+            scaled += tl.sum(of_scaled, 0)
+        plain, scaled = _of_mean(plain, scaled, rstd, statistics, q, k < K, Q, count, CENTER, MASKED, COMPUTE)
+    first = split * chunk
+    _dx(
+        x, mask, dy, extra, dx, dresidual, o, k, high, low, rstd, w, c, plain, scaled,
+        first, tl.minimum(first + chunk, R), A, K, B, R, magic, shift,
+        FORM, WIDE, V, EVEN, BATCH, CENTER, EXTRA, ACROSS, DRESIDUAL, ACT, MASKED, COMPUTE, BK, BR,
+    )  # fmt: skip
+
+
+@triton.jit
+def _of_columns(
+    weight, bias, p, inside, W: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, COMPUTE: tl.constexpr,
+    BR: tl.constexpr,
+):  # fmt: skip
+    """Weight and bias of the columns of a tile."""
+    w = _read(weight, p, inside, EVEN, COMPUTE) if W else tl.full([1, BR], 1.0, COMPUTE)
+    c = _read(bias, p, inside, EVEN, COMPUTE) if BIAS else tl.zeros([1, BR], COMPUTE)
+    return w, c
+
+
+@triton.jit
 def backward_row_sums(
-    x, mask, dy, extra, weight, bias, statistics, sums, A, K, B, R, G, Q, eps: tl.constexpr,
+    x, mask, dy, extra, weight, bias, statistics, sums, A, K, B, R, magic: tl.uint32, shift, G, Q, eps: tl.constexpr,
+    FORM: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr,
     W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr, ACROSS: tl.constexpr, ACT: tl.constexpr,
     MASKED: tl.constexpr, COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Σ w·g and Σ w·g·x̂ of rows with a parameter for every element; `sums` is (2, Q)."""
     o, k = _at(tl.program_id(0), K, BK)
-    mean, rstd, _share = _given(statistics, o * K + k, k < K, Q, eps, False, False, COMPUTE, R)
-    plain, scaled = tl.zeros([BK], COMPUTE), tl.zeros([BK], COMPUTE)
+    q = o * K + k
+    high, low, rstd = _given(statistics, q, k < K, Q, eps, COMPUTE)
+    plain, scaled = tl.zeros([BK, BR], COMPUTE), tl.zeros([BK, BR], COMPUTE)
     for start in range(0, R, BR):
         r = start + tl.arange(0, BR)[None, :]
-        p = _parameter(o, k[:, None], r, K, B, G, R, 1, True)
-        normal, g, w, _valid = _gradient_tile(
-            x, mask, dy, extra, weight, bias, _offsets(o, k[:, None], r, A, K, B), (k[:, None] < K) & (r < R),
-            o, k[:, None], r, K, R, p, mean[:, None], rstd[:, None],
-            W, BIAS, EXTRA, ACROSS, ACT, MASKED, COMPUTE,
+        offsets, inside = _places(o, k[:, None], r, A, K, B, R, magic, shift, FORM, WIDE, V)
+        w, c = _of_columns(weight, bias, (q % G)[:, None] * R + r, inside, W, BIAS, EVEN, COMPUTE, BR)
+        centred, g, _valid = _gradients(
+            x, mask, dy, extra, offsets, inside, o, k[:, None], r, high[:, None], low[:, None], rstd[:, None], w, c,
+            K, R, "r", EVEN, EXTRA, ACROSS, ACT, MASKED, COMPUTE,
         )  # fmt: skip
-        plain += tl.sum(w * g, 1)
-        scaled += tl.sum(w * g * normal, 1)
-    tl.store(sums + o * K + k, plain, mask=k < K)
-    tl.store(sums + Q + o * K + k, scaled, mask=k < K)
+        plain += w * g
+        scaled += w * g * centred
+    tl.store(sums + q, tl.sum(plain, 1), mask=k < K)
+    tl.store(sums + Q + q, tl.sum(scaled, 1) * rstd, mask=k < K)
 
 
 @triton.jit
 def backward_rows(
     x, mask, dy, extra, weight, bias, statistics, sums, dx, dresidual, dparameters,
-    A, K, B, R, G, Q, rows, eps: tl.constexpr,
+    A, K, B, R, magic: tl.uint32, shift, G, Q, rows, eps: tl.constexpr,
+    FORM: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr,
     KNOWN: tl.constexpr, CENTER: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr,
     ACROSS: tl.constexpr, DRESIDUAL: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
     BK: tl.constexpr, BR: tl.constexpr,
@@ -474,34 +753,38 @@ def backward_rows(
     """
     share_of_rows, column, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     r = column * BR + tl.arange(0, BR)[None, :]
-    plain_of = tl.zeros([BR], COMPUTE)
-    scaled_of = tl.zeros([BR], COMPUTE)
+    w, c = _of_columns(weight, bias, group * R + r, r < R, W, BIAS, EVEN, COMPUTE, BR)
+    plain_of, scaled_of = tl.zeros([BK, BR], COMPUTE), tl.zeros([BK, BR], COMPUTE)
     per_group = Q // G
     for start in range(share_of_rows * rows, tl.minimum(share_of_rows * rows + rows, per_group), BK):
         j = start + tl.arange(0, BK)
-        q = (j.to(tl.int64) * G + group)[:, None]
-        inside = (j[:, None] < per_group) & (r < R)
-        offsets = _offsets(q // K, q % K, r, A, K, B)
-        p = group * R + r + 0 * j[:, None]
-        mean, rstd, share = _given(statistics, q, q < Q, Q, eps, MASKED, True, COMPUTE, R)
-        normal, g, w, valid = _gradient_tile(
-            x, mask, dy, extra, weight, bias, offsets, inside, q // K, q % K, r, K, R, p, mean, rstd,
-            W, BIAS, EXTRA, ACROSS, ACT, MASKED, COMPUTE,
+        # a row that there is not is that of place K
+        q = j.to(tl.int64) * G + group
+        o = q // K
+        k = tl.where(j < per_group, (q - o * K).to(tl.int32), K)
+        offsets, inside = _places(o[:, None], k[:, None], r, A, K, B, R, magic, shift, FORM, WIDE, V)
+        high, low, rstd = _given(statistics, q, j < per_group, Q, eps, COMPUTE)
+        centred, g, valid = _gradients(
+            x, mask, dy, extra, offsets, inside, o[:, None], k[:, None], r, high[:, None], low[:, None],
+            rstd[:, None], w, c, K, R, "r", EVEN, EXTRA, ACROSS, ACT, MASKED, COMPUTE,
         )  # fmt: skip
+        normal = centred * rstd[:, None]
+        d = w * g
         if KNOWN:
-            plain = tl.load(sums + q, mask=q < Q, other=0.0)
-            scaled = tl.load(sums + Q + q, mask=q < Q, other=0.0)
+            plain = tl.load(sums + q, mask=j < per_group, other=0.0)
+            scaled = tl.load(sums + Q + q, mask=j < per_group, other=0.0)
         else:
-            plain, scaled = tl.sum(w * g, 1)[:, None], tl.sum(w * g * normal, 1)[:, None]
-        d = w * g - normal * (scaled * share)
-        if CENTER:
-            d -= plain * share
-        tl.store(dx + offsets, tl.where(valid, rstd * d, 0.0).to(dx.dtype.element_ty), mask=inside)
-        if DRESIDUAL:
-            tl.store(dresidual + offsets, g.to(dresidual.dtype.element_ty), mask=inside)
-        plain_of += tl.sum(g, 0)
-        scaled_of += tl.sum(g * normal, 0)
+            plain, scaled = tl.sum(d, 1), tl.sum(d * normal, 1)
+        plain, scaled = _of_mean(
+            plain, scaled, rstd, statistics, q, j < per_group, Q, R, CENTER, MASKED, COMPUTE
+        )  # fmt: skip
+        plain_of += g
+        scaled_of += g * normal
+        _dx_tile(
+            dx, dresidual, centred, g, offsets, inside, valid, rstd[:, None] * w, plain[:, None], scaled[:, None],
+            True, CENTER, EVEN, MASKED, DRESIDUAL,
+        )  # fmt: skip
     at = (share_of_rows.to(tl.int64) * G + group) * R + column * BR + tl.arange(0, BR)
     size = tl.num_programs(0).to(tl.int64) * G * R
-    tl.store(dparameters + at, plain_of, mask=column * BR + tl.arange(0, BR) < R)
-    tl.store(dparameters + size + at, scaled_of, mask=column * BR + tl.arange(0, BR) < R)
+    tl.store(dparameters + at, tl.sum(plain_of, 0), mask=column * BR + tl.arange(0, BR) < R)
+    tl.store(dparameters + size + at, tl.sum(scaled_of, 0), mask=column * BR + tl.arange(0, BR) < R)
