@@ -399,7 +399,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Output; means, biased variances and counts; the mask, a byte an element in the order of memory; and the signs.
 
-    Of the signs there is a bit an element, eight values with one parameter in a byte; only if there is reason to keep them.
+    Of the signs there is a bit an element, eight values with one parameter in a byte, if there is reason to keep them.
     """
     kernels = _kernels()
     spec, p = call.spec, found.plan

@@ -144,7 +144,7 @@ class Launch:
         return _read(text, int(found[1]))
 
     def values(self, loop: Loop | Code) -> float:
-        """Values that a thread treats in a round of this loop, or of the kernel: by what it writes, else by what it reads."""
+        """Values that a thread treats in a round of this loop, by what it writes or reads; or in the whole kernel."""
         given = self._given
         size = next(t for t in (given.get("dx"), given.get("y"), given["x"]) if isinstance(t, Tensor)).itemsize
         if isinstance(loop, Code) or loop.moved.get("STG"):

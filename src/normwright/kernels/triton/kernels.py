@@ -4,21 +4,21 @@ Element (o, a, k, b) lies at ((o·A + a)·K + k)·B + b; r = a·B + b counts the
 q = o·K + k the statistics. A tile holds BK neighbouring k and BR neighbouring r, so that one form serves channels
 innermost (B = 1, BK large) and images innermost (BK = 1, BR large) alike.
 
-A GPU that reads 4.8 TB/s has time for about a dozen instructions a value in bfloat16, so what is done for every value is
-kept to a handful (`benchmarks/instructions.py` counts them in the machine code):
+A GPU that reads 4.8 TB/s has time for about a dozen instructions a value in bfloat16, so what is done for every value
+is kept to a handful (`benchmarks/instructions.py` counts them in the machine code):
 
 - Eight neighbours in memory are one load. The compiler sees that only where sizes are multiples of 16; elsewhere `V`
   says how many values lie together.
-- Dividing r by B is a multiplication by `magic`, 2^(31 + s) / B rounded up for the least s with B ≤ 2^s: exact below 2³¹
-  (Granlund & Montgomery 1994).
-- Weight, bias, mean and deviation are read once a row of a tile, not once a value. Where P parameters share a statistic,
-  kernels that know the statistics take the nest of the parameters, whose K counts (kept place, place within P).
+- Dividing r by B is a multiplication by `magic`, 2^(31 + s) / B rounded up for the least s with B ≤ 2^s: exact below
+  2³¹ (Granlund & Montgomery 1994).
+- Weight, bias, mean and deviation are read once a row of a tile, not once a value. Where P parameters share a
+  statistic, kernels that know the statistics take the nest of the parameters: K counts (kept place, place within P).
 - Sums are kept by lane, and added across lanes once at the end.
 - Only tiles that hang over the edge test for it: not those that are EVEN.
 
-Sums are taken about a pivot, the mean of the first tile, so that what cancels is bounded by the number of tiles. A mean
-is two numbers of the computing type, high + low: at mean 3000 and deviation 1 a float32 mean alone would be off by 2e-4,
-and every result with it, while float64 would run at 1/64 of the speed on most GPUs.
+Sums are taken about a pivot, the mean of the first tile, so that what cancels is bounded by the number of tiles. A
+mean is two numbers of the computing type, high + low: at mean 3000 and deviation 1 a float32 mean alone would be off by
+2e-4, and every result with it, while float64 would run at 1/64 of the speed on most GPUs.
 
 Nothing is added by atomics: every sum is left in parts, which whoever comes next adds in their order, so that results
 are the same from run to run.
@@ -113,17 +113,12 @@ def _places(
     inside = (k < K) & (r < R)
     if FORM == "rows":
         offsets = (o * K + k) * B + r
-    else:
-        if FORM == "flat":
-            a = r
-        else:
-            a = (tl.umulhi(r.to(tl.uint32), magic.to(tl.uint32)) >> shift).to(tl.int32)
-        if WIDE:
-            a = a.to(tl.int64)
-        if FORM == "flat":
-            offsets = o * A * K + k + a * K
-        else:  # ((o·A + a)·K + k)·B + (r − a·B)
-            offsets = (o * A * K + k) * B + (r + a * ((K - 1) * B))
+    elif FORM == "flat":
+        a = r.to(tl.int64) if WIDE else r
+        offsets = o * A * K + k + a * K
+    else:  # ((o·A + a)·K + k)·B + (r − a·B)
+        a = (tl.umulhi(r.to(tl.uint32), magic.to(tl.uint32)) >> shift).to(tl.int64 if WIDE else tl.int32)
+        offsets = (o * A * K + k) * B + (r + a * ((K - 1) * B))
     if FORM == "flat":
         offsets = tl.max_contiguous(tl.multiple_of(offsets, (V, 1)), (V, 1))
         inside = tl.max_constancy(inside, (V, 1))
@@ -462,8 +457,9 @@ def apply(
         if split == 0:
             once = (k < K) & (k % rows == 0)
             _keep(
-                statistics, running_mean, running_var, q, k // rows, once, n, high, low, m2, Q, new_weight, CENTER, MOVES
-            )
+                statistics, running_mean, running_var, q, k // rows, once, n, high, low, m2, Q, new_weight,
+                CENTER, MOVES,
+            )  # fmt: skip
     w, c = k, k
     if PER == "row":
         w, c = _of_rows(weight, bias, k, K, G, rows, W, BIAS, COMPUTE, BK)
