@@ -9,6 +9,7 @@ from .catalog import CATALOG
 from .functional import ACTIVATIONS, activate, normalize
 from .gradcheck import GradcheckReport, gradcheck
 from .kernels.dispatch import explain, use
+from .kernels.timed import Calibration, calibrate
 from .layers.batch_renorm import BatchRenorm, schedule_batch_renorm
 from .layers.dyt import DyT
 from .layers.evonorm import EvoNormB0, EvoNormS0
@@ -73,6 +74,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchRenorm",
+    "Calibration",
     "ChannelNorm",
     "DyT",
     "Edit",
@@ -112,6 +114,7 @@ __all__ = [
     "activate",
     "activation_gain",
     "adapt",
+    "calibrate",
     "convert",
     "diagnose",
     "distributed_data_parallel",

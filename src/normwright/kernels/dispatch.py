@@ -17,7 +17,18 @@ from torch import Tensor, nn
 from . import cpu, native, triton
 from .call import Call
 
-__all__ = ["BACKENDS", "Choice", "Explanation", "at_once", "explain", "run", "use"]
+__all__ = [
+    "BACKENDS",
+    "Choice",
+    "Explanation",
+    "Recorded",
+    "at_once",
+    "explain",
+    "own_backend",
+    "recorded",
+    "run",
+    "use",
+]
 
 
 # name -> module, best first
@@ -26,7 +37,7 @@ BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton}
 _OWN = {"cpu": "cpu", "cuda": "triton"}
 
 _demanded: str | None = None
-_record: _Record | None = None
+_record: Recorded | None = None
 
 
 @dataclass(frozen=True)
@@ -45,10 +56,12 @@ class Choice:
         return f"{call} ({why})" if why else call
 
 
-class _Record(NamedTuple):
-    """What `explain` collects, and the names of the modules that own a tensor."""
+class Recorded(NamedTuple):
+    """What a forward pass did: a choice for every call, the call itself without its values, and who owns a tensor."""
 
     choices: list[Choice]
+    calls: list[Call]
+    devices: list[torch.device]
     owners: dict[int, str]
 
 
@@ -94,6 +107,11 @@ class use:
         _demanded = self._previous
 
 
+def own_backend(device: torch.device) -> str | None:
+    """The name of the backend that is a device's own."""
+    return _OWN.get(device.type)
+
+
 def at_once(x: Tensor, operator: str, act: str | None, residual: Tensor | None) -> bool:
     """Whether torch's operator may run without asking: too few values for a kernel, and nobody demands or watches."""
     return (
@@ -112,7 +130,7 @@ def run(call: Call) -> Tensor:
     refused: dict[str, str] = {}
     chosen, backend, prepared = "native", native, None
     if _demanded != "native":
-        own = _OWN.get(call.x.device.type)
+        own = own_backend(call.x.device)
         for name, candidate in BACKENDS.items():
             if name != _demanded and (_demanded is not None or own not in (None, name)):
                 continue
@@ -131,7 +149,41 @@ def run(call: Call) -> Tensor:
         owned = (call.weight, call.bias, call.running_mean, call.running_var)
         where = next((_record.owners[id(t)] for t in owned if id(t) in _record.owners), "")
         _record.choices.append(Choice(chosen, refused, call.spec.pattern, tuple(call.x.shape), where))
+        _record.devices.append(call.x.device)
+        _record.calls.append(call._replace(**{name: _shadow(getattr(call, name)) for name in _TENSORS}))
     return backend.normalize(call, prepared)
+
+
+_TENSORS = ("x", "weight", "bias", "running_mean", "running_var", "residual", "mask")
+
+
+def _shadow(t: Tensor | None) -> Tensor | None:
+    """Size, strides, type and whether a gradient is wanted, and no values."""
+    if t is None:
+        return None
+    shadow = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    return shadow.requires_grad_(t.requires_grad) if t.is_floating_point() else shadow
+
+
+def recorded(module: nn.Module, inputs: tuple, kwargs: dict[str, object]) -> Recorded:
+    """Run the forward pass once and record it; buffers and the random state of the CPU are put back afterwards."""
+    global _record
+    owners = {
+        id(tensor): name or type(child).__name__
+        for name, child in module.named_modules()
+        for tensor in (*child.parameters(recurse=False), *child.buffers(recurse=False))
+    }
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    previous, _record = _record, Recorded([], [], [], owners)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            module(*inputs, **kwargs)
+        return _record
+    finally:
+        _record = previous
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def explain(module: nn.Module, *inputs: object, **kwargs: object) -> Explanation:
@@ -141,20 +193,4 @@ def explain(module: nn.Module, *inputs: object, **kwargs: object) -> Explanation
     on whether a backward pass follows: the answer is for torch's grad mode as it is, so ask for inference under
     `torch.no_grad()`. Layers are named by the parameters or buffers that their kernel is given.
     """
-    global _record
-    owners = {
-        id(tensor): name or type(child).__name__
-        for name, child in module.named_modules()
-        for tensor in (*child.parameters(recurse=False), *child.buffers(recurse=False))
-    }
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    previous, _record = _record, _Record([], owners)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            module(*inputs, **kwargs)
-        return Explanation(tuple(_record.choices))
-    finally:
-        _record = previous
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+    return Explanation(tuple(recorded(module, inputs, kwargs).choices))

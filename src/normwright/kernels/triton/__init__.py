@@ -4,8 +4,8 @@
 kernels to autograd. With `TRITON_INTERPRET=1` the same kernels run on CPU tensors, one program after another: slow, and
 exact enough to test every one of them without a GPU.
 
-No GPU has timed these kernels yet. Until one has, they run where they are demanded, by `nw.use("triton")`; otherwise
-CUDA tensors take torch's own operators, and `explain` says so.
+They run where they are demanded, by `nw.use("triton")`, and where `nw.calibrate` has found them to be faster on the GPU
+at hand; otherwise CUDA tensors take torch's own operators, and `explain` says so.
 
 Nothing here waits for the device or copies from it, every tensor is made where x is, and kernels are launched on x's
 device and its current stream. So CUDA graphs can capture forward and backward, after one call of each with the same
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ...spec import NormSpec
-from .. import compiled, native
+from .. import compiled, native, timed
 from ..call import Call, check_sizes
 from ..common import (
     BY_SIGN,
@@ -148,7 +148,7 @@ class Tiles:
         """What the kernels are compiled for."""
         together = math.gcd(self.K, self.BK, 8) if self.form == "flat" else math.gcd(self.B, self.BR, 8)
         return {
-            "FORM": self.form, "WIDE": self.R * self.K >= 1 << 31, "V": together,
+            "FORM": self.form, "WIDE": self.Q * self.R >= 1 << 29, "V": together,
             "EVEN": self.K % self.BK == 0 and self.R % self.BR == 0,
             "BK": self.BK, "BR": self.BR, "num_warps": self.warps,
         }  # fmt: skip
@@ -342,15 +342,15 @@ def prepare(call: Call, demanded: bool) -> Cut | ModuleType | str:
         return UNAVAILABLE
     if not _runs_on(x.device):
         return f"the input is on {x.device}, and only TRITON_INTERPRET=1 runs these kernels without a GPU"
-    if not demanded:
-        return "no GPU has timed these kernels against torch's yet; nw.use('triton') demands them"
     if x.dtype not in _TYPES:
         return f"there is no kernel for {x.dtype}"
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting():
             return "an exported program is kept to torch's own operators"
-        return compiled
+        return compiled if demanded else "torch.compile's own kernels run; nw.use('triton') demands these"
     if (reason := not_plain(call)) is not None:
+        return reason
+    if not demanded and (reason := timed.verdict(call)) is not None:
         return reason
     found = cut(call.spec, call.use_batch_stats, x.shape, x.stride(), x.dtype, _processors(x.device), CONFIG)
     return found if isinstance(found, str) else no_running(call, found) or found

@@ -7,6 +7,7 @@ the same on every machine, and it is no time: it says what a kernel asks of a pr
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -60,6 +61,7 @@ class Code:
         instructions: of the whole kernel.
         loops: the innermost loops that move data in device memory.
         moved: bytes that a thread moves in device memory, by operation ("LDG" reads, "STG" writes), loops taken once.
+        widest: bytes of the widest of these instructions.
     """
 
     registers: int
@@ -67,6 +69,7 @@ class Code:
     instructions: int
     loops: tuple[Loop, ...]
     moved: dict[str, int]
+    widest: int
 
 
 @dataclass(frozen=True)
@@ -143,15 +146,31 @@ class Launch:
             raise RuntimeError(f"NVIDIA's tool names no registers of {self.kernel}: {usage[:500]!r}")
         return _read(text, int(found[1]))
 
-    def values(self, loop: Loop | Code) -> float:
-        """Values that a thread treats in a round of this loop, by what it writes or reads; or in the whole kernel."""
-        given = self._given
-        size = next(t for t in (given.get("dx"), given.get("y"), given["x"]) if isinstance(t, Tensor)).itemsize
-        if isinstance(loop, Code) or loop.moved.get("STG"):
-            BK, BR = self.tile
-            per_tile = BK * BR / (32 * self.warps)
-            return per_tile if isinstance(loop, Code) else per_tile * max(1, round(loop.moved["STG"] / size / per_tile))
-        return loop.moved["LDG"] / size / self.streams
+    def rounds(self, loop: Loop) -> float:
+        """Tiles that a round of a loop treats, for compilers unroll: by what it writes, else by what it reads."""
+        x, BK, BR = self._given["x"], *self.tile
+        moved, streams = loop.moved.get("STG"), 1
+        if not moved:
+            moved, streams = loop.moved["LDG"], self.streams
+        return moved / streams / x.itemsize / (BK * BR / (32 * self.warps))
+
+    def per_value(self, code: Code) -> float:
+        """Instructions that a warp issues for every 32 values of the input, prologues and what hangs over included."""
+        given, (BK, BR) = self._given, self.tile
+        extent, step = (given["rows"], BK) if self.kernel == "backward_rows" else (given.get("chunk", given["R"]), BR)
+        tiles = -(-extent // step)
+        # sums are read in a loop of their own, mostly of one round
+        main = [loop for loop in code.loops if loop.moved.get("STG") or self.kernel not in ("apply", "backward_apply")]
+        each = code.instructions - sum(loop.instructions for loop in main)
+        each += sum(loop.instructions / self.rounds(loop) * tiles for loop in main)
+        return each * math.prod(self.grid) * 32 * self.warps / given["x"].numel()
+
+    @property
+    def bytes_a_value(self) -> int:
+        """Bytes of tensors of the input's size that are read and written for every value."""
+        written = sum(isinstance(self._given.get(name), Tensor) for name in ("y", "dx", "dresidual"))
+        twice = 2 if self.kernel in ("forward", "backward") and not self.keywords.get("ONE") else 1
+        return (self.streams * twice + written) * self._given["x"].itemsize
 
 
 def _read(text: str, registers: int) -> Code:
@@ -177,7 +196,7 @@ def _read(text: str, registers: int) -> Code:
         if moved:
             loops.append(Loop(len(body), moved, widest))
     spilled = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for _, line in code)
-    return Code(registers, spilled, len(code), tuple(loops), _moved([line for _, line in code])[0])
+    return Code(registers, spilled, len(code), tuple(loops), *_moved([line for _, line in code]))
 
 
 def _moved(lines: list[str]) -> tuple[dict[str, int], int]:

@@ -96,10 +96,10 @@ def _back(g, z, ACT: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _at(pid, K, BK: tl.constexpr):
-    """The outer place and the kept places of a program."""
+def _at(pid, K, WIDE: tl.constexpr, BK: tl.constexpr):
+    """The outer place and the kept places of a program. WIDE: offsets of this tensor need 64 bits."""
     tiles = tl.cdiv(K, BK)
-    return (pid // tiles).to(tl.int64), pid % tiles * BK + tl.arange(0, BK)
+    return (pid // tiles).to(tl.int64 if WIDE else tl.int32), pid % tiles * BK + tl.arange(0, BK)
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def _places(
 ):  # fmt: skip
     """Offsets of (o, k, r), and which of them there are. FORM: "flat" is B = 1, "rows" A = 1, and "nest" neither.
 
-    V neighbours in memory are V neighbours of the tile that begin at a multiple of V. WIDE: r·K exceeds 31 bits.
+    V neighbours in memory are V neighbours of the tile that begin at a multiple of V.
     """
     inside = (k < K) & (r < R)
     if FORM == "rows":
@@ -245,7 +245,7 @@ def partials(
     CENTER: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Count, mean (high, low) and squared deviations of a share of every statistic; `parts` is (4, splits, Q)."""
-    o, k = _at(tl.program_id(0), K, BK)
+    o, k = _at(tl.program_id(0), K, WIDE, BK)
     split, splits = tl.program_id(1), tl.num_programs(1)
     first = split * chunk
     n, high, low, m2 = _statistics(
@@ -294,8 +294,8 @@ def _keep(
     """Write mean, biased variance and count for the backward pass, and move the running statistics."""
     mean, var = high.to(tl.float64) + low.to(tl.float64), m2 / tl.maximum(n, 1)
     tl.store(statistics + q, mean, mask=inside)
-    tl.store(statistics + Q + q, var, mask=inside)
-    tl.store(statistics + 2 * Q + q, n, mask=inside)
+    tl.store(statistics + (q + Q), var, mask=inside)
+    tl.store(statistics + (q + Q + Q), n, mask=inside)  # 2 · Q alone might exceed 31 bits
     if MOVES:
         seen = inside & (n > 0)
         if CENTER:
@@ -406,7 +406,7 @@ def forward(
     COMPUTE: tl.constexpr, ONE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Statistics and result in one launch: a program has its statistics to itself; ONE: and reads them at once."""
-    o, k = _at(tl.program_id(0), K, BK)
+    o, k = _at(tl.program_id(0), K, WIDE, BK)
     w, c = k, k
     if PER == "row":
         w, c = _of_rows(weight, bias, k, K, G, 1, W, BIAS, COMPUTE, BK)
@@ -446,7 +446,7 @@ def apply(
 
     `rows` rows share a statistic.
     """
-    o, k = _at(tl.program_id(0), K, BK)
+    o, k = _at(tl.program_id(0), K, WIDE, BK)
     split = tl.program_id(1)
     q = o * (K // rows) + k // rows
     if SPLITS == 0:
@@ -529,7 +529,7 @@ def _of_mean(
 ):  # fmt: skip
     """What dx = rstd·w·g − plain − scaled·(x − mean) takes off, from Σ w·g and Σ w·g·x̂ of a statistic."""
     if MASKED:
-        n = tl.maximum(tl.load(statistics + 2 * Q + q, mask=inside, other=1.0), 1).to(COMPUTE)
+        n = tl.maximum(tl.load(statistics + (q + Q + Q), mask=inside, other=1.0), 1).to(COMPUTE)
     else:
         n = (rstd * 0 + 1) * count  # in their type
     return (plain * rstd / n if CENTER else plain * 0), scaled * rstd * rstd / n
@@ -594,7 +594,7 @@ def backward(
 
     ONE: and reads them at once. `sums` is (2, Q).
     """
-    o, k = _at(tl.program_id(0), K, BK)
+    o, k = _at(tl.program_id(0), K, WIDE, BK)
     q = o * K + k
     high, low, rstd = _given(statistics, q if BATCH else k, k < K, Q if BATCH else K, eps, COMPUTE)
     w, c = _of_rows(weight, bias, k, K, G, 1, W, BIAS, COMPUTE, BK)
@@ -637,7 +637,7 @@ def backward_partials(
     MASKED: tl.constexpr, COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Σ g and Σ g·x̂ over a share of the values of every row; `sums` is (2, splits, Q·rows), statistics are Q."""
-    o, k = _at(tl.program_id(0), K, BK)
+    o, k = _at(tl.program_id(0), K, WIDE, BK)
     split, splits = tl.program_id(1), tl.num_programs(1)
     q = o * (K // rows) + k // rows if BATCH else k // rows
     high, low, rstd = _given(statistics, q, k < K, Q if BATCH else K // rows, eps, COMPUTE)
@@ -665,7 +665,7 @@ def backward_apply(
 
     `sums` is (2, parted, Q·rows); SUMS of the parted·rows sums of a statistic are read at a time.
     """
-    o, k = _at(tl.program_id(0), K, BK)
+    o, k = _at(tl.program_id(0), K, WIDE, BK)
     split = tl.program_id(1)
     q = o * (K // rows) + k // rows
     if BATCH:
@@ -715,7 +715,7 @@ def backward_row_sums(
     MASKED: tl.constexpr, COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Σ w·g and Σ w·g·x̂ of rows with a parameter for every element; `sums` is (2, Q)."""
-    o, k = _at(tl.program_id(0), K, BK)
+    o, k = _at(tl.program_id(0), K, WIDE, BK)
     q = o * K + k
     high, low, rstd = _given(statistics, q, k < K, Q, eps, COMPUTE)
     plain, scaled = tl.zeros([BK, BR], COMPUTE), tl.zeros([BK, BR], COMPUTE)
@@ -755,7 +755,7 @@ def backward_rows(
     for start in range(share_of_rows * rows, tl.minimum(share_of_rows * rows + rows, per_group), BK):
         j = start + tl.arange(0, BK)
         # a row that there is not is that of place K
-        q = j.to(tl.int64) * G + group
+        q = (j.to(tl.int64) if WIDE else j) * G + group
         o = q // K
         k = tl.where(j < per_group, (q - o * K).to(tl.int32), K)
         offsets, inside = _places(o[:, None], k[:, None], r, A, K, B, R, magic, shift, FORM, WIDE, V)
