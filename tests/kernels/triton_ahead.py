@@ -69,6 +69,7 @@ def counted():
         for layout in (NCHW, NHWC):
             for shape in [(128, 64, 56, 56), (128, 512, 14, 14), (128, 2048, 7, 7)]:
                 yield both_ways("BatchNorm", shape, dtype, "relu", layout=layout, evaluate=False)
+            yield both_ways("BatchNorm", (128, 256, 28, 28), dtype, "relu", True, layout=layout, evaluate=False)
         for shape in [(8192, 1024), (8192, 4096), (4096, 8192)]:
             yield both_ways("LayerNorm", shape, dtype)
             yield both_ways("RMSNorm", shape, dtype)

@@ -104,8 +104,9 @@ def _forward_op(*arguments):
     weight, bias = (_contiguous(t, found.compute) for t in (call.weight, call.bias))
     residual = None if call.residual is None else laid_out(call.residual, call.x)
     y, statistics, _, *bits = backend.forward(call.x, weight, bias, residual, call, found)
-    empty = call.x.new_empty(0, dtype=torch.uint8)
-    return y, statistics.view(-1), next((t for t in bits if t is not None), empty)
+    kept = next((t for t in bits if t is not None), call.x.new_empty(0, dtype=torch.uint8))
+    # how signs share bytes depends on strides, which the fake has only symbols of: it counts as many as there may be
+    return y, statistics.view(-1), torch.nn.functional.pad(kept, (0, _sizes(backend, call)[1] - kept.numel()))
 
 
 @_forward_op.register_fake

@@ -164,7 +164,7 @@ class Cut:
     gradients: Tiles  # of the same, backward, which holds two tensors
     by_row: Tiles | None  # backward, where every element of a row has a parameter: splits are shares of the rows
     columns: int  # that a row has then
-    across: bool  # a tile is as wide as it is across neighbouring rows: so lie their signs
+    across: bool  # neighbouring k lie together in memory, a multiple of eight of them: their signs share bytes
     compute: torch.dtype
     running: int
     merged: bool
@@ -319,7 +319,7 @@ def cut(
         gradients=_tiles(p, values.rows, 2, processors, config),
         by_row=by_row,
         columns=columns,
-        across=_across(p, p.K * values.rows, p.B // values.rows, config),
+        across=values.form == "flat" and values.K % 8 == 0,
         compute=torch.float64 if dtype == torch.float64 else torch.float32,
         running=math.prod(layout.running_shape),
         merged=merged,
@@ -399,13 +399,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Output; means, biased variances and counts; the mask, a byte an element in the order of memory; and the signs.
 
-    Of the signs there is a bit an element, eight values with one parameter in a byte, if there is reason to keep them.
+    Of the signs there is a bit an element, if there is reason to keep them.
     """
     kernels = _kernels()
     spec, p = call.spec, found.plan
     y, bits = torch.empty_like(x), None
     if keep and saved(call.act, residual is not None) == "bits":
-        bits = x.new_empty(found.values.Q * _parts(found.values.R, 8), dtype=torch.uint8)
+        t = found.values
+        bits = x.new_empty(x.numel() // 8 if found.across else t.Q * _parts(t.R, 8), dtype=torch.uint8)
     flags = None if call.mask is None else expand_mask(found, call.mask)
     moves = call.use_batch_stats and call.running_var is not None and not found.merged
     mean, var = (computed(t, found.compute) if moves else None for t in (call.running_mean, call.running_var))
@@ -456,10 +457,10 @@ def forward(
 def _signs(found: Cut, bits: Tensor) -> Tensor:
     """The bits as a tensor of the input's shape, for the formula."""
     p, t = found.plan, found.values
-    each = bits.view(t.O, t.K, -1) if not found.across else bits.view(t.O, -1, t.K).transpose(1, 2)
-    each = each.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
+    each = bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
+    each = each.view(t.O, t.R, t.K).transpose(1, 2) if found.across else each.view(t.O, t.K, -1)[..., : t.R]
     # (O, K, P, A, S) in the order of memory
-    nest = each.flatten(2)[..., : t.R].reshape(p.O, p.K, t.rows, p.A, p.B // t.rows).permute(0, 3, 1, 2, 4)
+    nest = each.reshape(p.O, p.K, t.rows, p.A, p.B // t.rows).permute(0, 3, 1, 2, 4)
     order = entries(p)
     places = sorted(range(len(order)), key=order.__getitem__)
     return nest.reshape([p.layout.split[i] for i in order]).permute(places).reshape(p.layout.shape)

@@ -146,13 +146,20 @@ class Launch:
             raise RuntimeError(f"NVIDIA's tool names no registers of {self.kernel}: {usage[:500]!r}")
         return _read(text, int(found[1]))
 
-    def rounds(self, loop: Loop) -> float:
-        """Tiles that a round of a loop treats, for compilers unroll: by what it writes, else by what it reads."""
-        x, BK, BR = self._given["x"], *self.tile
-        moved, streams = loop.moved.get("STG"), 1
-        if not moved:
-            moved, streams = loop.moved["LDG"], self.streams
-        return moved / streams / x.itemsize / (BK * BR / (32 * self.warps))
+    @property
+    def _written(self) -> int:
+        """Tensors of the input's size that the kernel writes."""
+        return sum(isinstance(self._given.get(name), Tensor) for name in ("y", "dx", "dresidual"))
+
+    def rounds(self, loop: Loop) -> int:
+        """Tiles that a round of a loop treats, for compilers unroll: by what it writes, else by what it reads.
+
+        Bits, bytes of a mask and parameters of rows are small beside that.
+        """
+        writes = loop.moved.get("STG")
+        moved, tensors = (writes, self._written) if writes else (loop.moved["LDG"], self.streams)
+        BK, BR = self.tile
+        return max(1, round(moved / tensors / self._given["x"].itemsize / (BK * BR / (32 * self.warps))))
 
     def per_value(self, code: Code) -> float:
         """Instructions that a warp issues for every 32 values of the input, prologues and what hangs over included."""
@@ -168,9 +175,8 @@ class Launch:
     @property
     def bytes_a_value(self) -> int:
         """Bytes of tensors of the input's size that are read and written for every value."""
-        written = sum(isinstance(self._given.get(name), Tensor) for name in ("y", "dx", "dresidual"))
         twice = 2 if self.kernel in ("forward", "backward") and not self.keywords.get("ONE") else 1
-        return (self.streams * twice + written) * self._given["x"].itemsize
+        return (self.streams * twice + self._written) * self._given["x"].itemsize
 
 
 def _read(text: str, registers: int) -> Code:

@@ -129,13 +129,11 @@ def _places(
 
 
 @triton.jit
-def _byte(o, k, r, K, R, ACROSS: tl.constexpr):
-    """The byte with the sign of an element: eight neighbouring r of one row share it.
-
-    ACROSS: neighbouring rows lie together in memory, and so do their bytes.
-    """
-    bytes = tl.cdiv(R, 8)
-    return (o * bytes + r // 8) * K + k if ACROSS else (o * K + k) * bytes + r // 8
+def _sign(bits, o, k, r, K, R, valid, ACROSS: tl.constexpr):
+    """Whether an element was above 0. ACROSS: eight neighbouring k share a byte, else eight neighbouring r of a row."""
+    if ACROSS:
+        return tl.load(bits + ((o * R + r) * (K // 8) + k // 8), mask=valid, other=0).to(tl.int32) >> k % 8 & 1
+    return tl.load(bits + ((o * K + k) * tl.cdiv(R, 8) + r // 8), mask=valid, other=0).to(tl.int32) >> r % 8 & 1
 
 
 @triton.jit
@@ -366,13 +364,23 @@ def _store(
     else:
         tl.store(y + offsets, z, mask=inside)
     if BITS:
-        EIGHT: tl.constexpr = tl.constexpr(8) if BR > 8 else BR
-        signs = tl.reshape((z > 0).to(tl.int32), [BK, BR // EIGHT, EIGHT])
+        signs = (z > 0).to(tl.int32)
         if not EVEN:  # of values that there are not
-            signs = tl.where(tl.reshape(inside, [BK, BR // EIGHT, EIGHT]), signs, 0)
-        packed = tl.sum(signs << tl.arange(0, EIGHT)[None, None, :], 2).to(tl.uint8)
-        r = start + tl.arange(0, BR // EIGHT)[None, :] * EIGHT
-        tl.store(bits + _byte(o, k[:, None], r, K, R, ACROSS), packed, mask=(k[:, None] < K) & (r < R))
+            signs = tl.where(inside, signs, 0)
+        if ACROSS:
+            signs = tl.reshape(signs, [BK // 8, 8, BR])
+            packed = tl.sum(signs << tl.arange(0, 8)[None, :, None], 1).to(tl.uint8)
+            # K is a multiple of 8, and so is the first of a tile's k
+            k = tl.min(k, 0) // 8 + tl.arange(0, BK // 8)[:, None]
+            r = start + tl.arange(0, BR)[None, :]
+            tl.store(bits + ((o * R + r) * (K // 8) + k), packed, mask=(k < K // 8) & (r < R))
+        else:
+            EIGHT: tl.constexpr = tl.constexpr(8) if BR > 8 else BR
+            signs = tl.reshape(signs, [BK, BR // EIGHT, EIGHT])
+            packed = tl.sum(signs << tl.arange(0, EIGHT)[None, None, :], 2).to(tl.uint8)
+            r = start + tl.arange(0, BR // EIGHT)[None, :] * EIGHT
+            at = (o * K + k[:, None]) * tl.cdiv(R, 8) + r // 8
+            tl.store(bits + at, packed, mask=(k[:, None] < K) & (r < R))
 
 
 @triton.jit
@@ -489,7 +497,7 @@ def _gradients(
     g = _read(dy, offsets, valid, EVEN and not MASKED, COMPUTE)
     if ACT != "none":
         if EXTRA == "bits":
-            z = tl.load(extra + _byte(o, k, r, K, R, ACROSS), mask=valid, other=0).to(tl.int32) >> r % 8 & 1
+            z = _sign(extra, o, k, r, K, R, valid, ACROSS)
         else:
             # as the forward pass did it, so that both round alike
             z = centred * (rstd * w) + c if PER == "row" else centred * rstd * w + c
