@@ -511,7 +511,7 @@ def test_tensors_on_two_devices_are_refused(kernel, name):
 @pytest.mark.parametrize(
     ("row", "shape", "layout", "form"),
     [
-        ("BatchNorm", (4, 2**16, 2**14 + 3), "contiguous", "nest"),
+        ("BatchNorm", (4, 2**16, 2**16 + 3), "contiguous", "nest"),
         ("BatchNorm", (2**18, 2**14), "contiguous", "flat"),
         ("GroupNorm", (3, 4, 2**14, 2**15 - 1), "contiguous", "rows"),
     ],

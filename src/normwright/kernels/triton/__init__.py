@@ -71,18 +71,18 @@ UNAVAILABLE = None if find_spec("triton") else "triton is not installed; it come
 class Config:
     """How work is cut for a GPU.
 
-    No GPU has timed these. Registers, spills and instructions a value are those of the machine code for compute
+    No GPU has timed these. What is said of instructions and registers is read from the machine code for compute
     capability 9.0 (`benchmarks/instructions.py`); the rest is reckoned from what such a GPU keeps in flight.
 
     Arguments:
-        tile: values of a tile that is one of several: 128 threads of `each` values, so that sums cross few warps.
-            Batch norm of 128×512×14×14, channels first, bfloat16, takes 50 instructions a value forward and backward
-            with 2048, 57 with 4096 and 70 with 8192.
+        tile: values of a tile that is one of several: 128 threads of `each` values. Twice and four times as many are
+            taken where they spare the shares, or where merging those takes long. From 1024 to 8192 values batch norm of
+            128×64×56×56, channels first, bfloat16, takes 47 to 49 instructions a value in a training step.
         row: most values of a tile that holds whole statistics; 64 KB in float32. Backward holds two tensors: half.
-        each: values of a thread. At 8, 16 and 32 batch norm of 128×512×14×14 in channels_last, bfloat16, takes 105, 75
-            and 60 instructions a value and at most 90, 112 and 160 registers, of which 128 let 16 warps run.
-        held: values of a thread where a tile holds whole statistics and nothing loops; forward of rows of 4096 in
-            bfloat16 takes 51, 31 and 21 instructions a value at 8, 16 and 32, and 37, 48 and 68 registers.
+        each: values of a thread. At 8, 16 and 32 batch norm of 128×512×14×14 in channels_last, bfloat16, takes 61, 54
+            and 67 instructions a value and at most 64, 111 and 159 registers, of which 128 let 16 warps run.
+        held: values of a thread where a tile holds whole statistics and nothing loops. At 8, 16 and 32 layer norm of
+            rows of 4096 in bfloat16 takes 32, 22 and 17 instructions a value forward, and 32, 54 and 71 registers.
         lines: neighbouring statistics of a tile where they, not the reduced values, are contiguous: 128 bytes.
         resident: warps that a processor should have, so that 32 KB and more are in flight: half of those it takes.
         splits: most shares of one statistic; whoever merges them reads that many parts.

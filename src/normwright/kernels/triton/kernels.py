@@ -117,8 +117,9 @@ def _places(
         a = r.to(tl.int64) if WIDE else r
         offsets = o * A * K + k + a * K
     else:  # ((o·A + a)·K + k)·B + (r − a·B)
-        a = (tl.umulhi(r.to(tl.uint32), magic.to(tl.uint32)) >> shift).to(tl.int64 if WIDE else tl.int32)
-        offsets = (o * A * K + k) * B + (r + a * ((K - 1) * B))
+        a = (tl.umulhi(r.to(tl.uint32), magic.to(tl.uint32)) >> shift).to(tl.int32)
+        step = tl.cast(K - 1, tl.int64 if WIDE else tl.int32) * B
+        offsets = (o * A * K + k) * B + (r + a * step)
     if FORM == "flat":
         offsets = tl.max_contiguous(tl.multiple_of(offsets, (V, 1)), (V, 1))
         inside = tl.max_constancy(inside, (V, 1))
