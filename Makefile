@@ -7,7 +7,7 @@ DATA ?= digits
 ARMS ?= bn,none
 WORKERS ?= 2
 
-.PHONY: study test lint clean
+.PHONY: study test lint docs clean
 
 study: .venv/lab
 	$(BIN)/normwright study lenet arm=$(ARMS) --data "$(DATA)" $(if $(SEEDS),--seeds $(SEEDS)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(OUT),--out "$(OUT)") $(ARGS)
@@ -20,6 +20,10 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "The pages are in site/index.html."
+
 # one stamp a set of extras; pip is quick when nothing changed
 .venv/%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -27,4 +31,4 @@ lint: .venv/dev
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info src/*.egg-info
+	rm -rf .venv build site *.egg-info src/*.egg-info

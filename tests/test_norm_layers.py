@@ -440,3 +440,8 @@ def test_onnx(name, tmp_path):
     x = torch.randn(shape)
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert_close(torch.as_tensor(y), ours(x), x.numel(), scale=1.0)
+
+
+def test_affine_of_another_type_is_said():
+    with pytest.raises(TypeError, match=r"affine says which axes have weight and bias.* got None. .* affine=False"):
+        nw.Norm("b [c]", c=3, affine=None)  # type: ignore[arg-type]

@@ -26,6 +26,9 @@ from normwright.lab.ray_executor import ray_cluster
 from normwright.lab.study import Arm, Contrast, Study, find
 
 ray = ray_executor._import_ray()
+# Ray's workers give way to all else (niceness 15): beside other tests they would take a minute to start.
+# Read by each cluster that starts here, also in a process of its own.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 def build(settings, shape, classes):

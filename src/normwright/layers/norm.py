@@ -73,6 +73,11 @@ class Norm(nn.Module):
         super().__init__()
         parsed = parse(pattern)
         sized = _sized(parsed, sizes)
+        if not isinstance(affine, (bool, str)):
+            raise TypeError(
+                f"affine says which axes have weight and bias: True, False, or names such as 'c'; got {affine!r}. For "
+                "none of them, affine=False."
+            )
         if isinstance(affine, bool):
             affine = " ".join(text for text, _ in sized) if affine else ""
         if running is None:

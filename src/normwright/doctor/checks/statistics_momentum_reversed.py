@@ -20,9 +20,9 @@ class ReversedMomentum(Check):
         "the last batch" and nothing else, as in meta-learning and recalibration, and is left alone.
 
     Why is this bad
-        PyTorch weighs the new batch by `momentum`, Keras, Flax, CS231n and d2l weigh the old value: 0.9 there is 0.1
-        here. With 0.9 here the statistics average 1.2 batches: the noise of one batch is in every evaluation, and it is
-        another one after each step.
+        PyTorch weighs the new batch by `momentum`, Keras, Flax, CS231n and early editions of d2l weigh the old value:
+        0.9 there is 0.1 here. With 0.9 here the statistics average 1.2 batches: the noise of one batch is in every
+        evaluation, and it is another one after each step.
 
     Example
         norm = torch.nn.BatchNorm2d(8, momentum=0.99)

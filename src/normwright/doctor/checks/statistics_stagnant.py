@@ -68,22 +68,26 @@ class StagnantStatistics(Check):
         if not low:
             return
         trains = subject.model.training or subject.optimizer is not None
-        for call in subject.forward(training=True).calls:
-            module = call.module
-            if module not in low or unset(module) or (moments := Moments.of([call])) is None:
-                continue
-            low.discard(module)  # its first call is enough
-            if not trains and (not counter(module) or _rms(distance(module, moments.mean, moments.var)) < LEAST):
-                continue
-            left, steps, moved = _trained(subject, call)
-            if moved or left < (LEAST if float(momentum(module)) < _USUAL else _APART):  # type: ignore[arg-type]
-                continue
+        stopped = []
+        calls = subject.forward(training=True).calls
+        with trial(subject), torch.no_grad():  # one for all: each keeps and gives back the whole model
+            for call in calls:
+                module = call.module
+                if module not in low or unset(module) or (moments := Moments.of([call])) is None:
+                    continue
+                low.discard(module)  # its first call is enough
+                if not trains and (not counter(module) or _rms(distance(module, moments.mean, moments.var)) < LEAST):
+                    continue
+                left, steps, moved = _trained(call)
+                if not moved and left >= (LEAST if float(momentum(module)) < _USUAL else _APART):  # type: ignore[arg-type]
+                    stopped.append((call, left, steps, 2 * moments.mean.numel()))
+        for call, left, steps, numbers in stopped:
             kind = str(call.module.running_var.dtype).removeprefix("torch.")
             yield self.finding(
                 call.name,
                 f"after {steps} updates on one batch the {kind} statistics of "
-                f"{subject.name(module)} are {left:.2g} deviations from those that float32 reaches, and the last "
-                f"update moves none of {2 * moments.mean.numel()}.",
+                f"{subject.name(call.module)} are {left:.2g} deviations from those that float32 reaches, and the last "
+                f"update moves none of {numbers}.",
                 help="Keep the norms in float32 (for m in model.modules(): if it is a batch norm, m.float()), or train "
                 "under torch.autocast instead of model.half(); then nw.recalibrate(model, loader).",
                 falsify="the same updates bring half-precision and float32 statistics to the same values.",
@@ -97,36 +101,38 @@ _USUAL = 0.05
 _APART = 0.6
 
 
-def _trained(subject: Subject, call: NormCall) -> tuple[float, int, int]:
-    """How far half-precision statistics stop from those in float32, after how many updates, how many still move."""
+def _trained(call: NormCall) -> tuple[float, int, int]:
+    """How far half-precision statistics stop from those in float32, after how many updates, how many still move.
+
+    The layer is left trained.
+    """
     module, weight = call.module, float(momentum(call.module))  # type: ignore[arg-type]
     x = call.x[:SAMPLES]
     for dim in range(2, x.dim()):
         x = x[(slice(None),) * dim + (slice(None, None, max(x.size(dim) // PLACES, 1)),)]
-    with trial(subject), torch.no_grad():
-        module.training = True
-        # started from zero in float32, one update says what the layer takes for the batch's statistics
-        start = {key: module._buffers[key].clone() for key in KEYS}  # type: ignore[union-attr]
-        own = list(module.parameters(recurse=False))
-        kept = [p.data for p in own]
-        module._buffers |= {key: torch.zeros_like(value, dtype=torch.float32) for key, value in start.items()}
-        for p in own:
-            p.data = p.data.float()
+    module.training = True
+    # started from zero in float32, one update says what the layer takes for the batch's statistics
+    start = {key: module._buffers[key].clone() for key in KEYS}  # type: ignore[union-attr]
+    own = list(module.parameters(recurse=False))
+    kept = [p.data for p in own]
+    module._buffers |= {key: torch.zeros_like(value, dtype=torch.float32) for key, value in start.items()}
+    for p in own:
+        p.data = p.data.float()
+    module(x, **call.kwargs)
+    batch = {key: module._buffers[key] / weight for key in KEYS}  # type: ignore[operator]
+    for p, value in zip(own, kept, strict=True):
+        p.data = value
+    module._buffers |= start
+    steps, moved = 0, 1
+    while moved and steps < min(LENGTHS / weight, MOST_STEPS):
+        before = {key: module._buffers[key].clone() for key in KEYS}  # type: ignore[union-attr]
         module(x, **call.kwargs)
-        batch = {key: module._buffers[key] / weight for key in KEYS}  # type: ignore[operator]
-        for p, value in zip(own, kept, strict=True):
-            p.data = value
-        module._buffers |= start
-        steps, moved = 0, 1
-        while moved and steps < min(LENGTHS / weight, MOST_STEPS):
-            before = {key: module._buffers[key].clone() for key in KEYS}  # type: ignore[union-attr]
-            module(x, **call.kwargs)
-            steps += 1
-            moved = sum(int((module._buffers[key] != value).sum()) for key, value in before.items())  # type: ignore[union-attr]
-        # an average in float32 would be there but for this share of the way
-        rest = (1 - weight) ** steps
-        wide = {key: batch[key] + rest * (value.float() - batch[key]) for key, value in start.items()}
-        return _rms(distance(module, wide["running_mean"].double(), wide["running_var"].double())), steps, moved
+        steps += 1
+        moved = sum(int((module._buffers[key] != value).sum()) for key, value in before.items())  # type: ignore[union-attr]
+    # an average in float32 would be there but for this share of the way
+    rest = (1 - weight) ** steps
+    wide = {key: batch[key] + rest * (value.float() - batch[key]) for key, value in start.items()}
+    return _rms(distance(module, wide["running_mean"].double(), wide["running_var"].double())), steps, moved
 
 
 def _rms(channels: Tensor) -> float:

@@ -18,9 +18,9 @@ class ReversedMomentum(Rule):
         Finds a `momentum` of a batch norm from 0.9 up to, not including, 1.
 
     Why is this bad
-        torch's momentum weighs the new batch: 0.1 by default. Keras, TensorFlow, JAX, d2l and CS231n weigh the old
-        average: 0.99 or 0.9. With 0.9 in torch the running statistics are nearly those of the last batch, and the
-        evaluation is as noisy as one batch.
+        torch's momentum weighs the new batch: 0.1 by default. Keras, TensorFlow, JAX, CS231n and early editions of d2l
+        weigh the old average: 0.99 or 0.9. With 0.9 in torch the running statistics are nearly those of the last batch,
+        and the evaluation is as noisy as one batch.
 
     Example
         from torch import nn
