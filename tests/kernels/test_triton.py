@@ -611,7 +611,7 @@ def test_the_machine_code_can_keep_up_with_the_memory(tmp_path):
     }  # fmt: skip
     for line in lines:
         side, first = line["shape"][2:3], not line["nhwc"]
-        assert line["spilled"] <= 2, line
+        assert line["spilled"] <= 8, line
         assert line["registers"] <= 128, line  # two programs of 256 threads, or four of 128
         assert line["issue"] < (12.5 if side == [7] else 6.0), line
         if not (side == [7] and first):

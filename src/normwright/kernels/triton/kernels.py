@@ -130,11 +130,18 @@ def _places(
 
 
 @triton.jit
-def _sign(bits, o, k, r, K, R, valid, ACROSS: tl.constexpr):
-    """Whether an element was above 0. ACROSS: eight neighbouring k share a byte, else eight neighbouring r of a row."""
-    if ACROSS:
-        return tl.load(bits + ((o * R + r) * (K // 8) + k // 8), mask=valid, other=0).to(tl.int32) >> k % 8 & 1
-    return tl.load(bits + ((o * K + k) * tl.cdiv(R, 8) + r // 8), mask=valid, other=0).to(tl.int32) >> r % 8 & 1
+def _signs(
+    bits, o, k, start, K, R, valid, ACROSS: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr
+):  # fmt: skip
+    """Whether elements were above 0. ACROSS: eight neighbouring k share a byte, else eight neighbouring r of a row."""
+    if ACROSS or BR < 8:
+        r = start + tl.arange(0, BR)[None, :]
+        at = (o * R + r) * (K // 8) + k // 8 if ACROSS else (o * K + k) * tl.cdiv(R, 8) + r // 8
+        return tl.load(bits + at, mask=valid, other=0).to(tl.int32) >> (k if ACROSS else r) % 8 & 1
+    byte = start // 8 + tl.arange(0, BR // 8)[None, :]
+    at = (o * K + k) * tl.cdiv(R, 8) + byte
+    eight = tl.load(bits + at, mask=(k < K) & (byte < tl.cdiv(R, 8)), other=0).to(tl.int32)
+    return tl.reshape(eight[:, :, None] >> tl.arange(0, 8)[None, None, :] & 1, [BK, BR])
 
 
 @triton.jit
@@ -485,9 +492,9 @@ def apply(
 
 @triton.jit
 def _gradients(
-    x, mask, dy, extra, offsets, inside, o, k, r, high, low, rstd, w, c, K, R,
+    x, mask, dy, extra, offsets, inside, o, k, start, high, low, rstd, w, c, K, R,
     PER: tl.constexpr, EVEN: tl.constexpr, EXTRA: tl.constexpr, ACROSS: tl.constexpr,
-    ACT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
+    ACT: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """x − mean, the gradient behind the activation (0 where no value counts), and where values count.
 
@@ -498,7 +505,7 @@ def _gradients(
     g = _read(dy, offsets, valid, EVEN and not MASKED, COMPUTE)
     if ACT != "none":
         if EXTRA == "bits":
-            z = _sign(extra, o, k, r, K, R, valid, ACROSS)
+            z = _signs(extra, o, k, start, K, R, valid, ACROSS, BK, BR)
         else:
             # as the forward pass did it, so that both round alike
             z = centred * (rstd * w) + c if PER == "row" else centred * rstd * w + c
@@ -523,8 +530,8 @@ def _sums(
         r = start + tl.arange(0, BR)[None, :]
         offsets, inside = _places(o, k[:, None], r, A, K, B, R, magic, shift, FORM, WIDE, V)
         centred, g, _valid = _gradients(
-            x, mask, dy, extra, offsets, inside, o, k[:, None], r, high[:, None], low[:, None], rstd[:, None],
-            w[:, None], c[:, None], K, R, "row", EVEN, EXTRA, ACROSS, ACT, MASKED, COMPUTE,
+            x, mask, dy, extra, offsets, inside, o, k[:, None], start, high[:, None], low[:, None], rstd[:, None],
+            w[:, None], c[:, None], K, R, "row", EVEN, EXTRA, ACROSS, ACT, MASKED, COMPUTE, BK, BR,
         )  # fmt: skip
         plain += g
         scaled += g * centred
@@ -581,8 +588,8 @@ def _dx(
         r = start + tl.arange(0, BR)[None, :]
         offsets, inside = _places(o, k[:, None], r, A, K, B, R, magic, shift, FORM, WIDE, V)
         centred, g, valid = _gradients(
-            x, mask, dy, extra, offsets, inside, o, k[:, None], r, high[:, None], low[:, None], rstd[:, None],
-            w[:, None], c[:, None], K, R, "row", EVEN, EXTRA, ACROSS, ACT, MASKED, COMPUTE,
+            x, mask, dy, extra, offsets, inside, o, k[:, None], start, high[:, None], low[:, None], rstd[:, None],
+            w[:, None], c[:, None], K, R, "row", EVEN, EXTRA, ACROSS, ACT, MASKED, COMPUTE, BK, BR,
         )  # fmt: skip
         _dx_tile(
             dx, dresidual, centred, g, offsets, inside, valid, scale[:, None], plain[:, None], scaled[:, None],
@@ -611,8 +618,8 @@ def backward(
         r = tl.arange(0, BR)[None, :]
         offsets, inside = _places(o, k[:, None], r, A, K, B, R, magic, shift, FORM, WIDE, V)
         centred, g, valid = _gradients(
-            x, mask, dy, extra, offsets, inside, o, k[:, None], r, high[:, None], low[:, None], rstd[:, None],
-            w[:, None], c[:, None], K, R, "row", EVEN, EXTRA, ACROSS, ACT, MASKED, COMPUTE,
+            x, mask, dy, extra, offsets, inside, o, k[:, None], 0, high[:, None], low[:, None], rstd[:, None],
+            w[:, None], c[:, None], K, R, "row", EVEN, EXTRA, ACROSS, ACT, MASKED, COMPUTE, BK, BR,
         )  # fmt: skip
         plain, scaled = tl.sum(g, 1), tl.sum(g * centred, 1) * rstd
     else:
@@ -733,8 +740,8 @@ def backward_row_sums(
         offsets, inside = _places(o, k[:, None], r, A, K, B, R, magic, shift, FORM, WIDE, V)
         w, c = _of_columns(weight, bias, (q % G)[:, None] * R + r, inside, W, BIAS, EVEN, COMPUTE, BR)
         centred, g, _valid = _gradients(
-            x, mask, dy, extra, offsets, inside, o, k[:, None], r, high[:, None], low[:, None], rstd[:, None], w, c,
-            K, R, "r", EVEN, EXTRA, ACROSS, ACT, MASKED, COMPUTE,
+            x, mask, dy, extra, offsets, inside, o, k[:, None], start, high[:, None], low[:, None], rstd[:, None], w, c,
+            K, R, "r", EVEN, EXTRA, ACROSS, ACT, MASKED, COMPUTE, BK, BR,
         )  # fmt: skip
         plain += w * g
         scaled += w * g * centred
@@ -770,8 +777,8 @@ def backward_rows(
         offsets, inside = _places(o[:, None], k[:, None], r, A, K, B, R, magic, shift, FORM, WIDE, V)
         high, low, rstd = _given(statistics, q, j < per_group, Q, eps, COMPUTE)
         centred, g, valid = _gradients(
-            x, mask, dy, extra, offsets, inside, o[:, None], k[:, None], r, high[:, None], low[:, None],
-            rstd[:, None], w, c, K, R, "r", EVEN, EXTRA, ACROSS, ACT, MASKED, COMPUTE,
+            x, mask, dy, extra, offsets, inside, o[:, None], k[:, None], column * BR, high[:, None], low[:, None],
+            rstd[:, None], w, c, K, R, "r", EVEN, EXTRA, ACROSS, ACT, MASKED, COMPUTE, BK, BR,
         )  # fmt: skip
         normal = centred * rstd[:, None]
         d = w * g
