@@ -137,11 +137,13 @@ def _signs(
     if ACROSS or BR < 8:
         r = start + tl.arange(0, BR)[None, :]
         at = (o * R + r) * (K // 8) + k // 8 if ACROSS else (o * K + k) * tl.cdiv(R, 8) + r // 8
-        return tl.load(bits + at, mask=valid, other=0).to(tl.int32) >> (k if ACROSS else r) % 8 & 1
-    byte = start // 8 + tl.arange(0, BR // 8)[None, :]
-    at = (o * K + k) * tl.cdiv(R, 8) + byte
-    eight = tl.load(bits + at, mask=(k < K) & (byte < tl.cdiv(R, 8)), other=0).to(tl.int32)
-    return tl.reshape(eight[:, :, None] >> tl.arange(0, 8)[None, None, :] & 1, [BK, BR])
+        signs = tl.load(bits + at, mask=valid, other=0).to(tl.int32) >> (k if ACROSS else r) % 8 & 1
+    else:
+        byte = start // 8 + tl.arange(0, BR // 8)[None, :]
+        at = (o * K + k) * tl.cdiv(R, 8) + byte
+        eight = tl.load(bits + at, mask=(k < K) & (byte < tl.cdiv(R, 8)), other=0).to(tl.int32)
+        signs = tl.reshape(eight[:, :, None] >> tl.arange(0, 8)[None, None, :] & 1, [BK, BR])
+    return signs
 
 
 @triton.jit
