@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from ..kernels.timed import by_clock, by_events
 from ..lab.errors import UserError
 from .others import LIBRARIES, installed
 
@@ -66,10 +66,7 @@ class Cpu(Device):
         self.tile_bytes = second_level_cache()
 
     def sample(self, call: Callable[[], object], inner: int) -> float:
-        began = time.perf_counter()
-        for _ in range(inner):
-            call()
-        return (time.perf_counter() - began) / inner
+        return by_clock(call, inner)
 
     def about(self) -> dict[str, Any]:
         return {}
@@ -101,15 +98,7 @@ class Cuda(Device):
         self.tile_bytes = registers + self.properties.shared_memory_per_multiprocessor
 
     def sample(self, call: Callable[[], object], inner: int) -> float:
-        """Seconds a call between two events, over `inner` of them and after one that is not counted."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        call()  # the GPU is busy with it while the host prepares the next
-        start.record()
-        for _ in range(inner):
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3 / inner
+        return by_events(call, inner)
 
     def about(self) -> dict[str, Any]:
         from torch.utils import collect_env

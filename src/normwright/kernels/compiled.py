@@ -106,7 +106,8 @@ def _forward_op(*arguments):
     y, statistics, _, *bits = backend.forward(call.x, weight, bias, residual, call, found)
     kept = next((t for t in bits if t is not None), call.x.new_empty(0, dtype=torch.uint8))
     # how signs share bytes depends on strides, which the fake has only symbols of: it counts as many as there may be
-    return y, statistics.view(-1), torch.nn.functional.pad(kept, (0, _sizes(backend, call)[1] - kept.numel()))
+    missing = _sizes(backend, call)[1] - kept.numel()
+    return y, statistics.view(-1), torch.nn.functional.pad(kept, (0, missing)) if missing else kept
 
 
 @_forward_op.register_fake

@@ -7,13 +7,10 @@ takes torch's operators, and `explain` says so.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -24,11 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..lab.errors import UserError
+from ..lab.files import atomic_write
 from . import native
 from .call import Call
 from .cpu.build import cache_directory
 
-__all__ = ["Calibration", "Timed", "calibrate", "verdict"]
+__all__ = ["Calibration", "Timed", "by_clock", "by_events", "calibrate", "verdict"]
 
 ROUNDS = 9
 SAMPLE_SECONDS = 2e-3  # of a shorter sample the host's gaps, tens of microseconds, would be percents
@@ -62,7 +61,9 @@ class Timed:
         return not self.wrong and self.ratio >= WORTH
 
     def __str__(self) -> str:
-        return self.wrong or f"{self.ratio:.2f} times as fast as torch's operators when timed on this GPU"
+        if self.wrong:
+            return f"these kernels {self.wrong}"
+        return f"{self.ratio:.2f} times as fast as torch's operators when timed on this GPU"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Calibration:
         for where, pattern, shape, t in self.calls:
             head = f"  {where or 'call'}: {pattern!r} on {shape}: "
             if t.wrong:
-                lines.append(f"{head}torch's operators, for these kernels {t.wrong}")
+                lines.append(f"{head}torch's operators, for {t}")
                 continue
             low, high = t.spread
             lines.append(
@@ -193,20 +194,10 @@ def _save(device: str) -> None:
         for kind, sizes in known.items()
         for values, t in sizes.items()
     ]
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            temporary = file.name
-            json.dump(rows, file)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        warnings.warn(
-            f"What was timed cannot be kept in {path.parent} ({error}); it holds in this process.", stacklevel=3
-        )
+        atomic_write(path, [json.dumps(rows).encode()])
+    except UserError as error:
+        warnings.warn(f"What was timed cannot be kept, and holds in this process alone: {error}", stacklevel=3)
 
 
 # ------------------------------------------------------------------------------------------------------------- timing
@@ -357,18 +348,27 @@ def _interleaved(steps: dict[str, Callable[[], object]], device: torch.device) -
 
 
 def _sample(step: Callable[[], object], inner: int, device: torch.device) -> float:
-    """Seconds a call, over `inner` of them: between two events on a GPU, after one that is not counted."""
     if device.type != "cuda":
-        began = time.perf_counter()
-        for _ in range(inner):
-            step()
-        return (time.perf_counter() - began) / inner
+        return by_clock(step, inner)
     with torch.cuda.device(device):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        step()
-        start.record()
-        for _ in range(inner):
-            step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3 / inner
+        return by_events(step, inner)
+
+
+def by_clock(call: Callable[[], object], inner: int) -> float:
+    """Seconds a call by the host's clock, over `inner` of them."""
+    began = time.perf_counter()
+    for _ in range(inner):
+        call()
+    return (time.perf_counter() - began) / inner
+
+
+def by_events(call: Callable[[], object], inner: int) -> float:
+    """Seconds a call between two events of the current GPU, over `inner` of them and after one that is not counted."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    call()  # the GPU is busy with it while the host prepares the next
+    start.record()
+    for _ in range(inner):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3 / inner
