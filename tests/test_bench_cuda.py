@@ -62,7 +62,6 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(devices.Cuda, "place", "cpu")
     monkeypatch.setattr(devices.Cuda, "sample_seconds", 1e-4)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(triton, "INTERPRETING", False)  # read when it was imported, by whichever test came first
     return properties
 
